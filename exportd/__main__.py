@@ -1,0 +1,5 @@
+"""``python -m exportd`` is the ``exportd`` command."""
+
+from exportd.cli import main
+
+main()

@@ -1,0 +1,128 @@
+"""Every error a client can meet: one class a row, with its stable code and status.
+
+The docstring is the public sentence. An error never shows a path, a query or a traceback.
+"""
+
+from datetime import UTC, datetime
+from http import HTTPStatus
+
+import orjson
+from aiohttp import web
+
+
+class ApiError(Exception):
+    """Base of the table. ``extra`` joins the body, ``headers`` the response."""
+
+    status: HTTPStatus
+    code: str
+
+    def __init__(
+        self, *, extra: dict[str, object] | None = None, headers: dict[str, str] | None = None
+    ) -> None:
+        message = " ".join((type(self).__doc__ or "").split())
+        super().__init__(message)
+        self.message = message
+        self.extra = extra or {}
+        self.headers = headers or {}
+
+
+class InvalidJobId(ApiError):
+    """The job id is not a UUID"""
+
+    status, code = HTTPStatus.BAD_REQUEST, "INVALID_JOB_ID"
+
+
+class Unauthenticated(ApiError):
+    """A valid bearer token is needed"""
+
+    status, code = HTTPStatus.UNAUTHORIZED, "UNAUTHENTICATED"
+
+
+class JobNotFound(ApiError):
+    """There is no such export job"""
+
+    status, code = HTTPStatus.NOT_FOUND, "JOB_NOT_FOUND"
+
+
+class DownloadUnauthorized(ApiError):
+    """Only job creator or admin can download this package"""
+
+    status, code = HTTPStatus.FORBIDDEN, "DOWNLOAD_UNAUTHORIZED"
+
+
+class PackageNotReady(ApiError):
+    """The export is not completed yet"""
+
+    status, code = HTTPStatus.NOT_FOUND, "PACKAGE_NOT_READY"
+
+
+class PackageExpired(ApiError):
+    """The package has expired or was deleted"""
+
+    status, code = HTTPStatus.GONE, "PACKAGE_EXPIRED"
+
+
+class FileNotFound(ApiError):
+    """The package's file is not there"""
+
+    status, code = HTTPStatus.NOT_FOUND, "FILE_NOT_FOUND"
+
+
+class RangeNotSatisfiable(ApiError):
+    """No byte of the range lies within the package"""
+
+    status, code = HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE, "RANGE_NOT_SATISFIABLE"
+
+
+class StorageError(ApiError):
+    """The package cannot be read"""
+
+    status, code = HTTPStatus.INTERNAL_SERVER_ERROR, "STORAGE_ERROR"
+
+
+class InternalError(ApiError):
+    """Something went wrong on the server"""
+
+    status, code = HTTPStatus.INTERNAL_SERVER_ERROR, "INTERNAL_ERROR"
+
+
+class DatabaseIsUnavailable(ApiError):
+    """The database is not available; try again soon"""
+
+    status, code = HTTPStatus.SERVICE_UNAVAILABLE, "DATABASE_UNAVAILABLE"
+
+
+class ShuttingDown(ApiError):
+    """The server is shutting down; try again soon"""
+
+    status, code = HTTPStatus.SERVICE_UNAVAILABLE, "SHUTTING_DOWN"
+
+
+class RouteNotFound(ApiError):
+    """There is nothing at this address"""
+
+    status, code = HTTPStatus.NOT_FOUND, "NOT_FOUND"
+
+
+class MethodNotAllowed(ApiError):
+    """This address does not answer to that method"""
+
+    status, code = HTTPStatus.METHOD_NOT_ALLOWED, "METHOD_NOT_ALLOWED"
+
+
+def error_response(error: ApiError, request_id: str) -> web.Response:
+    """The envelope every error is sent in."""
+    body = {
+        "status": "error",
+        "code": error.code,
+        "message": error.message,
+        "timestamp": datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+        "requestId": request_id,
+        **error.extra,
+    }
+    headers = {"Cache-Control": "no-store", **error.headers}
+    if error.status == HTTPStatus.SERVICE_UNAVAILABLE:
+        headers.setdefault("Retry-After", "5")
+    return web.Response(
+        status=error.status, body=orjson.dumps(body), content_type="application/json", headers=headers
+    )

@@ -1,0 +1,73 @@
+"""What every request meets first and last: an id, one shape for all errors, and a place in the drain."""
+
+import re
+import uuid
+
+import structlog
+from aiohttp import web
+from aiohttp.typedefs import Handler
+
+from exportd.api.errors import (
+    ApiError,
+    DatabaseIsUnavailable,
+    InternalError,
+    MethodNotAllowed,
+    RouteNotFound,
+    ShuttingDown,
+    error_response,
+)
+from exportd.api.lifecycle import Lifecycle
+from exportd.db.pool import DatabaseUnavailable
+
+log = structlog.get_logger()
+
+LIFECYCLE = web.AppKey("lifecycle", Lifecycle)
+REQUEST_ID = web.RequestKey("request_id", str)
+
+_SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}", re.ASCII)
+_SERVER = "exportd"
+# A probe must be able to tell "draining" from "gone".
+_PROBES = ("/healthz", "/readyz")
+
+
+@web.middleware
+async def edge(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Gives the request its id and turns whatever is raised into an error response."""
+    request_id = _request_id(request)
+    request[REQUEST_ID] = request_id
+    structlog.contextvars.clear_contextvars()
+    structlog.contextvars.bind_contextvars(request_id=request_id)
+    lifecycle = request.app[LIFECYCLE]
+    with lifecycle.request_under_way():
+        try:
+            if lifecycle.is_draining and request.path not in _PROBES:
+                raise ShuttingDown
+            return await handler(request)
+        except ApiError as error:
+            response = error_response(error, request_id)
+        except web.HTTPNotFound:
+            response = error_response(RouteNotFound(), request_id)
+        except web.HTTPMethodNotAllowed as error:
+            allow = ", ".join(sorted(error.allowed_methods))
+            response = error_response(MethodNotAllowed(headers={"Allow": allow}), request_id)
+        except DatabaseUnavailable as error:
+            log.error("database_unavailable", error=str(error))
+            response = error_response(DatabaseIsUnavailable(), request_id)
+        except Exception:  # the edge: logged whole, answered with nothing of it
+            log.exception("request_failed", method=request.method, path=request.path)
+            response = error_response(InternalError(), request_id)
+    if lifecycle.is_draining:
+        response.force_close()
+    return response
+
+
+async def set_common_headers(request: web.Request, response: web.StreamResponse) -> None:
+    """A response signal: what every answer carries."""
+    response.headers["X-Request-ID"] = request[REQUEST_ID] if REQUEST_ID in request else _request_id(request)
+    response.headers["X-Content-Type-Options"] = "nosniff"
+    response.headers["Server"] = _SERVER
+
+
+def _request_id(request: web.Request) -> str:
+    given = request.headers.get("X-Request-ID", "")
+    return given if _SANE_REQUEST_ID.fullmatch(given) else uuid.uuid4().hex

@@ -1,0 +1,78 @@
+"""Wires the rooms together; the only file that knows them all."""
+
+from collections.abc import AsyncIterator
+
+import structlog
+from aiohttp import web
+
+from exportd.api.access import TOKENS
+from exportd.api.download import DATABASE, DELIVERY_OPTIONS, STORE, download_package
+from exportd.api.health import healthz, readyz
+from exportd.api.lifecycle import Lifecycle
+from exportd.api.middleware import LIFECYCLE, edge, set_common_headers
+from exportd.api.statistics import download_statistics
+from exportd.auth.tokens import Tokens, load_or_make_secret
+from exportd.db.pool import Database, open_database
+from exportd.delivery.response import DeliveryOptions
+from exportd.packages.pack import remove_abandoned
+from exportd.packages.store import PackageStore
+from exportd.settings import Settings
+
+log = structlog.get_logger()
+
+
+def make_app(settings: Settings, dsn: str) -> web.Application:
+    """The daemon's application. Its database pool lives from the application's start-up to its clean-up."""
+    app = web.Application(middlewares=[edge])
+    app[LIFECYCLE] = Lifecycle()
+    app[TOKENS] = make_tokens(settings)
+    app[STORE] = PackageStore(settings.storage_root)
+    app[DELIVERY_OPTIONS] = DeliveryOptions(
+        sendfile=settings.download.sendfile,
+        slice_bytes=settings.download.slice_bytes,
+        chunk_size=settings.download.chunk_size,
+    )
+
+    async def resources(app: web.Application) -> AsyncIterator[None]:
+        _prepare_storage(settings)
+        app[DATABASE] = await connect(settings, dsn)
+        yield
+        await app[DATABASE].close()
+
+    app.cleanup_ctx.append(resources)
+    app.on_response_prepare.append(set_common_headers)
+    jobs = f"{settings.server.base_path}/export-jobs/{{job_id}}"
+    app.router.add_get(f"{jobs}/download", download_package)
+    app.router.add_get(f"{jobs}/download-stats", download_statistics)
+    app.router.add_get("/healthz", healthz)
+    app.router.add_get("/readyz", readyz)
+    return app
+
+
+def make_tokens(settings: Settings) -> Tokens:
+    """Signs and verifies with the configured secret, or the data folder's own. Raises OSError."""
+    secret = settings.auth.secret
+    return Tokens(
+        secret.get_secret_value() if secret else load_or_make_secret(settings.data_dir),
+        user_claim=settings.auth.user_claim,
+        role_claim=settings.auth.role_claim,
+        admin_role=settings.auth.admin_role,
+    )
+
+
+async def connect(settings: Settings, dsn: str) -> Database:
+    """A pool with the configured sizes and time limits. Raises DatabaseUnavailable."""
+    return await open_database(
+        dsn,
+        pool_min_size=settings.database.pool_min_size,
+        pool_max_size=settings.database.pool_max_size,
+        connect_timeout_seconds=settings.database.connect_timeout_seconds,
+        statement_timeout_seconds=settings.database.statement_timeout_seconds,
+    )
+
+
+def _prepare_storage(settings: Settings) -> None:
+    root = settings.storage_root
+    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if removed := remove_abandoned(root):
+        log.info("abandoned_files_removed", count=removed)

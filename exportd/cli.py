@@ -1,0 +1,322 @@
+"""The commands: thin, each a few lines over the rooms below.
+
+Every failure is one clear line on stderr and a non-zero exit status, never a traceback.
+"""
+
+import asyncio
+import contextlib
+import os
+import secrets
+import signal
+import sys
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+import orjson
+import structlog
+
+from exportd import __version__
+from exportd.app import connect, make_app, make_tokens
+from exportd.db.embedded import EmbeddedServerError, embedded_server
+from exportd.db.jobs import record_completed_job
+from exportd.db.migrate import (
+    MigrationError,
+    migrate_down,
+    migrate_up,
+    migration_status,
+    wait_for_database,
+)
+from exportd.db.pool import DatabaseUnavailable
+from exportd.packages.pack import DraftPackage, PackError, Progress, draft_package, measure_source
+from exportd.server import Listener, ServerError, serve
+from exportd.settings import Key, Settings, SettingsError, load_settings
+from exportd.telemetry.logging import configure_logging
+
+log = structlog.get_logger()
+
+_FAILURES = (
+    SettingsError,
+    EmbeddedServerError,
+    MigrationError,
+    DatabaseUnavailable,
+    PackError,
+    ServerError,
+    OSError,
+)
+_SAMPLE_FILES = 24
+_SAMPLE_FILE_BYTES = 512 * 1024
+
+config_option = click.option(
+    "--config",
+    "config_file",
+    type=click.Path(path_type=Path),
+    help="Configuration file. Default: $EXPORTD_CONFIG, then ./config.toml where there is one.",
+)
+
+
+def main() -> None:
+    """The console script."""
+    signal.signal(signal.SIGTERM, _exit_on_signal)
+    try:
+        cli.main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.Abort:
+        _fail("interrupted", status=130)
+    except _FAILURES as error:
+        _fail(*(error.problems if isinstance(error, SettingsError) else [str(error)]))
+
+
+def _exit_on_signal(number: int, _frame: object) -> NoReturn:
+    raise SystemExit(128 + number)
+
+
+def _fail(*problems: str, status: int = 1) -> NoReturn:
+    for problem in problems:
+        click.echo(f"exportd: {problem}", err=True)
+    sys.exit(status)
+
+
+@click.group()
+@click.version_option(__version__)
+def cli() -> None:
+    """Hands finished export packages to the people allowed to have them."""
+
+
+@cli.command("serve")
+@config_option
+@click.option("--host", help="Address to listen on.")
+@click.option("--port", type=int, help="Port to listen on; 0 takes any free one.")
+def serve_command(config_file: Path | None, host: str | None, port: int | None) -> None:
+    """Runs the daemon. Logs go to stdout, one JSON object a line."""
+    given: dict[Key, object] = {("server", "host"): host, ("server", "port"): port}
+    options = {key: value for key, value in given.items() if value is not None}
+    settings = load_settings(config_file, os.environ, options)
+    configure_logging(settings.logging.level, settings.logging.format, sys.stdout)
+    with _database(settings) as dsn:
+        status = _serve(settings, dsn)
+    sys.exit(status)
+
+
+@cli.command()
+@config_option
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--user", "user_id", required=True, help="The user the package belongs to.")
+@click.option("--tool", "tool_name", required=True, help="What was exported; goes into the file's name.")
+@click.option("--retention-days", type=click.IntRange(1, 36500), help="How long the package is kept.")
+def publish(
+    config_file: Path | None, path: Path, user_id: str, tool_name: str, retention_days: int | None
+) -> None:
+    """Packs the folder PATH, or takes the ready .tar.gz PATH, and records a completed job.
+
+    The last line of stdout is one JSON object: jobId, packagePath, packageSizeBytes, sha256, expiresAt.
+    """
+    settings = _quiet_settings(config_file)
+    if not user_id.strip() or "\0" in user_id + tool_name:
+        raise click.UsageError("--user must not be empty, and NUL is allowed nowhere.")
+    total = measure_source(path)
+    with _database(settings) as dsn, _progress_bar(total) as progress:
+        result = _publish(settings, dsn, path, user_id, tool_name, retention_days, progress)
+    click.echo(orjson.dumps(result).decode())
+
+
+@cli.command()
+@config_option
+@click.option("--user", "user_id", required=True, help="The user the token stands for.")
+@click.option("--role", help='The role it carries, such as "admin".')
+@click.option("--ttl", type=click.IntRange(1, 10 * 365 * 86400), default=3600, help="Seconds it is valid.")
+def token(config_file: Path | None, user_id: str, role: str | None, ttl: int) -> None:
+    """Signs a token with the configured secret, for trying things out."""
+    click.echo(make_tokens(_quiet_settings(config_file)).sign(user_id, role, ttl))
+
+
+@cli.group()
+def migrate() -> None:
+    """Brings the database's schema up to date, or back."""
+
+
+@migrate.command("up")
+@config_option
+def migrate_up_command(config_file: Path | None) -> None:
+    """Applies every migration that is missing. Keeps what is there."""
+    with _database(_quiet_settings(config_file), migrated=False) as dsn:
+        applied = migrate_up(dsn)
+    for name in applied:
+        click.echo(f"applied {name}")
+    if not applied:
+        click.echo("nothing to apply")
+
+
+@migrate.command("down")
+@config_option
+def migrate_down_command(config_file: Path | None) -> None:
+    """Takes back the newest migration. Never removes a job, but may remove counts and history."""
+    with _database(_quiet_settings(config_file), migrated=False) as dsn:
+        name = migrate_down(dsn)
+    click.echo(f"took back {name}" if name else "nothing to take back")
+
+
+@migrate.command("status")
+@config_option
+def migrate_status_command(config_file: Path | None) -> None:
+    """Lists the migrations and whether each is applied."""
+    with _database(_quiet_settings(config_file), migrated=False) as dsn:
+        for migration in migration_status(dsn):
+            click.echo(f"{'applied' if migration.is_applied else 'pending'}  {migration.name}")
+
+
+@cli.command()
+@config_option
+def demo(config_file: Path | None) -> None:
+    """Packs a sample, starts the daemon, and prints the curl line that downloads it."""
+    settings = load_settings(config_file, os.environ)
+    configure_logging(settings.logging.level, settings.logging.format, sys.stdout)
+    with _database(settings) as dsn:
+        with tempfile.TemporaryDirectory(prefix="exportd-demo-") as folder:
+            sample = _write_sample(Path(folder) / "sample-export")
+            published = _publish(settings, dsn, sample, "alice", "Sample Export", None, lambda _: None)
+        _serve(settings, dsn, lambda url: _print_demo(settings, published, url))
+
+
+def _serve(settings: Settings, dsn: str, on_started: Callable[[str], None] | None = None) -> int:
+    server = settings.server
+    listener = Listener(server.host, server.port, server.tls_cert, server.tls_key)
+    return serve(make_app(settings, dsn), listener, server.drain_timeout_seconds, on_started)
+
+
+def _print_demo(settings: Settings, published: dict[str, Any], url: str) -> None:
+    bearer = make_tokens(settings).sign("alice", None, 86400)
+    address = f"{url}{settings.server.base_path}/export-jobs/{published['jobId']}"
+    click.echo(
+        "\n"
+        f"exportd serves a sample package ({published['packageSizeBytes']} bytes, "
+        f"sha256 {published['sha256']}).\n\n"
+        "Download it, from another terminal (-C - resumes):\n\n"
+        f"  curl -OJ -H 'Authorization: Bearer {bearer}' {address}/download\n\n"
+        "How often it was downloaded:\n\n"
+        f"  curl -H 'Authorization: Bearer {bearer}' {address}/download-stats\n\n"
+        "Ctrl-C stops the daemon.\n"
+    )
+
+
+def _write_sample(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "README.txt").write_text("A sample export, made by `exportd demo`.\n", encoding="utf-8")
+    for number in range(_SAMPLE_FILES):
+        (folder / f"part-{number:02}.bin").write_bytes(secrets.token_bytes(_SAMPLE_FILE_BYTES))
+    return folder
+
+
+def _publish(
+    settings: Settings,
+    dsn: str,
+    source: Path,
+    user_id: str,
+    tool_name: str,
+    retention_days: int | None,
+    progress: Progress,
+) -> dict[str, Any]:
+    job_id = uuid.uuid4()
+    days = retention_days or settings.retention.days
+    with draft_package(source, settings.storage_root, job_id, progress) as draft, _signals_deferred():
+        draft.place()
+        expires_at = asyncio.run(_record(settings, dsn, draft, job_id, user_id, tool_name, days))
+        draft.keep()
+        return {
+            "jobId": job_id,
+            "packagePath": draft.path,
+            "packageSizeBytes": draft.size_bytes,
+            "sha256": draft.sha256,
+            "expiresAt": expires_at,
+        }
+
+
+async def _record(
+    settings: Settings,
+    dsn: str,
+    draft: DraftPackage,
+    job_id: uuid.UUID,
+    user_id: str,
+    tool_name: str,
+    retention_days: int,
+) -> datetime:
+    database = await connect(settings, dsn)
+    try:
+        return await record_completed_job(
+            database,
+            job_id=job_id,
+            user_id=user_id,
+            tool_name=tool_name,
+            package_path=draft.path,
+            package_size_bytes=draft.size_bytes,
+            package_sha256=draft.sha256,
+            retention_days=retention_days,
+        )
+    except DatabaseUnavailable as error:
+        # The row may have been written before the answer was lost: a package without a row wastes space, a
+        # row without its package is a lie.
+        draft.keep()
+        raise DatabaseUnavailable(
+            f"{error}; whether job {job_id} was recorded is unknown, so its package {draft.path} was kept"
+        ) from error
+    finally:
+        await database.close()
+
+
+@contextlib.contextmanager
+def _signals_deferred() -> Iterator[None]:
+    """Placing and recording a package takes milliseconds and must not be cut in two."""
+    numbers = {signal.SIGINT, signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+
+
+@contextlib.contextmanager
+def _progress_bar(total: int) -> Iterator[Progress]:
+    """A bar on stderr where that is a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    with click.progressbar(length=total, label="Packing", file=sys.stderr) as bar:
+        yield bar.update
+
+
+@contextlib.contextmanager
+def _database(settings: Settings, *, migrated: bool = True) -> Iterator[str]:
+    """The database's libpq connection string, once it answers; ``migrated``: and has the present schema.
+
+    The embedded database is brought up to date on the spot. An external one belongs to somebody: it is
+    changed by ``exportd migrate up`` only.
+    """
+    configured = settings.database.dsn
+    with contextlib.ExitStack() as stack:
+        if configured is None:
+            dsn = stack.enter_context(embedded_server(settings.data_dir))
+            if migrated:
+                migrate_up(dsn)
+        else:
+            dsn = configured.get_secret_value()
+            wait_for_database(
+                dsn,
+                settings.database.startup_timeout_seconds,
+                lambda reason: log.warning("database_waiting", error=reason),
+            )
+            if migrated and not all(migration.is_applied for migration in migration_status(dsn)):
+                raise MigrationError("the database's schema is not up to date: run `exportd migrate up`")
+        yield dsn
+
+
+def _quiet_settings(config_file: Path | None) -> Settings:
+    """Settings for the commands that print a result: only warnings are logged, to stderr."""
+    settings = load_settings(config_file, os.environ)
+    configure_logging("warning", "console", sys.stderr)
+    return settings

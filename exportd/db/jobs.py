@@ -1,0 +1,104 @@
+"""Export jobs in SQL.
+
+Every column is cast on reading: an application's own table may hold an enum for the status, an integer for
+the user, or times without a zone.
+"""
+
+from datetime import datetime
+from uuid import UUID
+
+from exportd.db.pool import Database
+from exportd.db.rows import Job, JobStatistics
+
+_FIND_JOB = """
+SELECT job_id,
+       user_id::text,
+       status::text,
+       coalesce(tool_data ->> 'name', tool_data ->> 'toolName', ''),
+       completed_at::timestamptz,
+       package_path::text,
+       package_size_bytes::bigint,
+       package_sha256::text,
+       package_expires_at::timestamptz,
+       now()
+  FROM export_jobs
+ WHERE job_id = %s
+"""
+
+_FIND_STATISTICS = """
+SELECT job_id,
+       user_id::text,
+       coalesce(download_count, 0)::bigint,
+       last_downloaded_at::timestamptz,
+       coalesce(bytes_served, 0)::bigint
+  FROM export_jobs
+ WHERE job_id = %s
+"""
+
+# The row is there or it is not: a second try after a lost connection inserts nothing and reads it back.
+_RECORD_COMPLETED = """
+WITH inserted AS (
+    INSERT INTO export_jobs (
+        job_id, user_id, status, tool_data, completed_at, package_path, package_size_bytes, package_sha256,
+        package_retention_days, package_expires_at
+    )
+    VALUES (
+        %(job_id)s, %(user_id)s, 'completed', jsonb_build_object('name', %(tool_name)s::text), now(),
+        %(package_path)s, %(package_size_bytes)s, %(package_sha256)s,
+        %(retention_days)s, now() + make_interval(days => %(retention_days)s)
+    )
+    ON CONFLICT (job_id) DO NOTHING
+    RETURNING package_expires_at
+)
+SELECT package_expires_at::timestamptz FROM inserted
+UNION ALL
+SELECT package_expires_at::timestamptz FROM export_jobs WHERE job_id = %(job_id)s
+LIMIT 1
+"""
+
+
+async def find_job(database: Database, job_id: UUID) -> Job | None:
+    """The job of that id, or None. Raises DatabaseUnavailable."""
+    row = await database.fetch_one(_FIND_JOB, (job_id,))
+    return None if row is None else Job(*row)
+
+
+async def find_statistics(database: Database, job_id: UUID) -> JobStatistics | None:
+    """How often the job's package was downloaded, or None where there is no such job.
+
+    Raises DatabaseUnavailable.
+    """
+    row = await database.fetch_one(_FIND_STATISTICS, (job_id,))
+    return None if row is None else JobStatistics(*row)
+
+
+async def record_completed_job(
+    database: Database,
+    *,
+    job_id: UUID,
+    user_id: str,
+    tool_name: str,
+    package_path: str,
+    package_size_bytes: int,
+    package_sha256: str,
+    retention_days: int,
+) -> datetime:
+    """Records a job that is complete from the start and returns when its package expires.
+
+    Idempotent by ``job_id``. Raises DatabaseUnavailable.
+    """
+    row = await database.fetch_one(
+        _RECORD_COMPLETED,
+        {
+            "job_id": job_id,
+            "user_id": user_id,
+            "tool_name": tool_name,
+            "package_path": package_path,
+            "package_size_bytes": package_size_bytes,
+            "package_sha256": package_sha256,
+            "retention_days": retention_days,
+        },
+    )
+    assert row is not None
+    expires_at: datetime = row[0]
+    return expires_at

@@ -1,0 +1,130 @@
+"""Schema migrations: raw SQL in ``migrations/``, run up and down by yoyo.
+
+yoyo's own lock is a row that a killed process leaves behind; a PostgreSQL advisory lock takes its place.
+Its book-keeping tables get names of our own, since the application whose database we share may use yoyo too.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psycopg2
+import yoyo
+from yoyo.backends.core.postgresql import PostgresqlBackend
+from yoyo.connections import DatabaseURI
+
+MINIMUM_SERVER_VERSION = 140000
+_FOLDER = Path(__file__).parent / "migrations"
+_ADVISORY_LOCK = 0x6578706F72746400  # "exportd" in ASCII
+
+# What a server says that is about to accept connections, or will again (SQLSTATE 57P03 and 53300, which
+# psycopg2 does not hand on for a connection that never came up).
+_TRANSIENT = (
+    "starting up",
+    "shutting down",
+    "recovery mode",
+    "not yet accepting",
+    "too many",
+    "remaining connection",
+)
+
+
+class MigrationError(Exception):
+    """The schema cannot be brought where it should be; the message is for the operator."""
+
+
+class DatabaseNotReachable(MigrationError):
+    """No connection to the database; the message is libpq's, on one line."""
+
+
+@dataclass(frozen=True)
+class MigrationState:
+    """One migration: its name and whether it has been applied."""
+
+    name: str
+    is_applied: bool
+
+
+class _Backend(PostgresqlBackend):  # type: ignore[misc]  # yoyo has no types
+    log_table = "exportd_migration_log"
+    lock_table = "exportd_migration_lock"
+    version_table = "exportd_migration_version"
+
+
+def wait_for_database(dsn: str, timeout_seconds: float, on_wait: Callable[[str], None]) -> None:
+    """Returns once the server accepts a connection. ``on_wait`` is told the reason of the first failure.
+
+    A refusal that waiting cannot mend (wrong password, no such database) ends it at once.
+    Raises DatabaseNotReachable, and MigrationError where the server is too old.
+    """
+    deadline = time.monotonic() + timeout_seconds
+    waiting = False
+    while True:
+        remaining = deadline - time.monotonic()
+        try:
+            connection = psycopg2.connect(dsn, connect_timeout=max(2, int(remaining)))
+        except psycopg2.Error as error:
+            reason = " ".join(str(error).split())
+            refused = "FATAL:" in reason and not any(words in reason for words in _TRANSIENT)
+            if refused or isinstance(error, psycopg2.ProgrammingError) or remaining <= 0:
+                raise DatabaseNotReachable(reason) from error
+            if not waiting:
+                on_wait(reason)
+                waiting = True
+            time.sleep(0.25)
+            continue
+        with contextlib.closing(connection):
+            if connection.server_version < MINIMUM_SERVER_VERSION:
+                raise MigrationError(
+                    f"PostgreSQL 14 or newer is needed; the server is {connection.server_version // 10000}"
+                )
+        return
+
+
+def migration_status(dsn: str) -> list[MigrationState]:
+    """Every migration in order. Raises DatabaseNotReachable and MigrationError."""
+    with _locked_backend(dsn) as backend:
+        applied = set(backend.get_applied_migration_hashes())
+        return [MigrationState(item.id, item.hash in applied) for item in yoyo.read_migrations(str(_FOLDER))]
+
+
+def migrate_up(dsn: str) -> list[str]:
+    """Applies what is missing and returns the names. Raises DatabaseNotReachable and MigrationError."""
+    with _locked_backend(dsn) as backend:
+        pending = backend.to_apply(yoyo.read_migrations(str(_FOLDER)))
+        backend.apply_migrations(pending)
+        return [item.id for item in pending]
+
+
+def migrate_down(dsn: str) -> str | None:
+    """Takes back the newest applied migration and returns its name, or None where there is none.
+
+    Raises DatabaseNotReachable and MigrationError.
+    """
+    with _locked_backend(dsn) as backend:
+        applied = backend.to_rollback(yoyo.read_migrations(str(_FOLDER)))
+        if not applied:
+            return None
+        backend.rollback_migrations(applied[:1])
+        return str(applied[0].id)
+
+
+@contextlib.contextmanager
+def _locked_backend(dsn: str) -> Iterator[_Backend]:
+    uri = DatabaseURI("postgresql", None, None, None, None, None, {"dsn": dsn})
+    try:
+        backend = _Backend(uri, "exportd_migrations")
+    except psycopg2.Error as error:
+        raise DatabaseNotReachable(" ".join(str(error).split())) from error
+    try:
+        # The session's end frees the lock, however it ends.
+        backend.execute(f"SELECT pg_advisory_lock({_ADVISORY_LOCK})")
+        backend.init_database()
+        yield backend
+    except psycopg2.Error as error:
+        primary = error.diag.message_primary or str(error)
+        raise MigrationError(" ".join(primary.split())) from error
+    finally:
+        backend.connection.close()

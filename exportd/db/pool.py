@@ -1,0 +1,115 @@
+"""The one door to the database for everything that runs in the event loop: a pool of aiopg connections.
+
+Statements are sent in autocommit (psycopg2 knows no other way asynchronously), so a statement is a
+transaction. The driver replaces connections that died; a statement that met one is sent again, once. Hence
+the rule for callers: a statement is a read, or may be run twice with the effect of once.
+"""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import aiopg
+import psycopg2
+import structlog
+
+log = structlog.get_logger()
+
+Parameters = Mapping[str, object] | Sequence[object]
+
+# How much later than the client the server gives up on a statement, so that a loop that is late still
+# sees its own limit first; the server's is for statements whose client has gone.
+_SERVER_GRACE_SECONDS = 1.0
+
+
+class DatabaseUnavailable(Exception):
+    """The database cannot be reached, or took too long."""
+
+
+class Database:
+    """A pool of connections to one database. Made by ``open_database``."""
+
+    def __init__(self, pool: Any, statement_timeout_seconds: float) -> None:
+        self._pool = pool
+        self._statement_timeout_seconds = statement_timeout_seconds
+
+    async def fetch_all(self, statement: str, parameters: Parameters = ()) -> list[tuple[Any, ...]]:
+        """Runs one statement and returns its rows.
+
+        The statement must be a read, or idempotent: it is sent a second time when the connection broke.
+        Raises DatabaseUnavailable; other psycopg2 errors are defects in the statement and pass through.
+        """
+        try:
+            return await self._run(statement, parameters)
+        except (psycopg2.OperationalError, psycopg2.InterfaceError) as error:
+            log.warning("database_connection_lost", error=_one_line(error))
+        try:
+            return await self._run(statement, parameters)
+        except (psycopg2.OperationalError, psycopg2.InterfaceError) as error:
+            raise DatabaseUnavailable(_one_line(error)) from error
+
+    async def fetch_one(self, statement: str, parameters: Parameters = ()) -> tuple[Any, ...] | None:
+        """As ``fetch_all``, for a statement that returns at most one row."""
+        rows = await self.fetch_all(statement, parameters)
+        return rows[0] if rows else None
+
+    async def close(self) -> None:
+        """Closes idle connections at once and the others when their statement ends."""
+        self._pool.close()
+        await self._pool.wait_closed()
+
+    async def _run(self, statement: str, parameters: Parameters) -> list[tuple[Any, ...]]:
+        try:
+            async with self._pool.acquire() as connection, connection.cursor() as cursor:
+                await cursor.execute(statement, parameters, timeout=self._statement_timeout_seconds)
+                return await cursor.fetchall() if cursor.description else []
+        except TimeoutError as error:
+            raise DatabaseUnavailable("no connection or no answer in time") from error
+        except asyncio.CancelledError as error:
+            # aiopg turns the server's "canceling statement due to statement timeout" into a cancellation
+            # that nobody asked for.
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            raise DatabaseUnavailable("the server cancelled the statement") from error
+
+
+async def open_database(
+    dsn: str,
+    *,
+    pool_min_size: int,
+    pool_max_size: int,
+    connect_timeout_seconds: float,
+    statement_timeout_seconds: float,
+) -> Database:
+    """Opens the pool. Raises DatabaseUnavailable."""
+
+    server_limit = int((statement_timeout_seconds + _SERVER_GRACE_SECONDS) * 1000)
+
+    async def prepare(connection: Any) -> None:
+        # UTC, because an application's own table may hold times without a zone.
+        async with connection.cursor() as cursor:
+            await cursor.execute(
+                "SELECT set_config('TimeZone', 'UTC', false), set_config('statement_timeout', %s, false)",
+                (str(server_limit),),
+            )
+
+    try:
+        pool = await aiopg.create_pool(
+            dsn,
+            minsize=pool_min_size,
+            maxsize=pool_max_size,
+            timeout=connect_timeout_seconds,
+            enable_json=False,
+            enable_hstore=False,
+            enable_uuid=True,
+            on_connect=prepare,
+            fallback_application_name="exportd",
+        )
+    except (psycopg2.Error, TimeoutError) as error:
+        raise DatabaseUnavailable(_one_line(error)) from error
+    return Database(pool, statement_timeout_seconds)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,55 @@
+"""What the tables hold, as plain values. Times are aware, in UTC."""
+
+from dataclasses import dataclass
+from datetime import datetime
+from uuid import UUID
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A row of export_jobs, as a download needs it.
+
+    ``read_at`` is the database's clock at the time of reading: expiry is judged by it, so that nodes whose
+    clocks differ agree.
+    """
+
+    job_id: UUID
+    user_id: str
+    status: str
+    tool_name: str
+    completed_at: datetime | None
+    package_path: str | None
+    package_size_bytes: int | None
+    package_sha256: str | None
+    package_expires_at: datetime | None
+    read_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class JobStatistics:
+    """What the job's row says of its downloads."""
+
+    job_id: UUID
+    user_id: str
+    download_count: int
+    last_downloaded_at: datetime | None
+    bytes_served: int
+
+
+@dataclass(frozen=True, slots=True)
+class DownloadEvent:
+    """The record of one delivery. ``requested`` holds (start, stop) of each part that was asked for;
+    ``is_whole``: every byte of the package went out in this delivery."""
+
+    event_id: UUID
+    job_id: UUID
+    user_id: str
+    started_at: datetime
+    duration_seconds: float
+    outcome: str
+    http_status: int
+    requested: tuple[tuple[int, int], ...]
+    bytes_sent: int
+    package_size_bytes: int
+    request_id: str
+    is_whole: bool

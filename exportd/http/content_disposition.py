@@ -1,0 +1,46 @@
+"""The name a download is saved under (RFC 6266, RFC 8187)."""
+
+import re
+import unicodedata
+from datetime import date
+from urllib.parse import quote
+
+_FALLBACK = "package"
+# A file name may have 255 bytes nearly everywhere; the rest of ours takes about 25.
+_LONGEST_TOOL_BYTES = 150
+# RFC 8187's attr-char, less what quote() always keeps.
+_ATTR_CHARS = "!#$&+-.^_`|~"
+
+
+def package_filename(tool_name: str, day: date) -> str:
+    """``export-{tool}-{YYYY-MM-DD}.tar.gz``, the tool's name lower-cased, safe as one path component."""
+    return f"export-{_slug(tool_name) or _FALLBACK}-{day.isoformat()}.tar.gz"
+
+
+def content_disposition(tool_name: str, day: date) -> str:
+    """The value of Content-Disposition for a package.
+
+    ``filename`` is plain ASCII; where that loses something, ``filename*`` follows with the real name.
+    """
+    name = package_filename(tool_name, day)
+    ascii_tool = _slug(unicodedata.normalize("NFKD", tool_name).encode("ascii", "ignore").decode())
+    ascii_name = f"export-{ascii_tool or _FALLBACK}-{day.isoformat()}.tar.gz"
+    value = f'attachment; filename="{ascii_name}"'
+    if name != ascii_name:
+        value += f"; filename*=UTF-8''{quote(name, safe=_ATTR_CHARS)}"
+    return value
+
+
+def _slug(tool_name: str) -> str:
+    """Letters, digits and symbols of any script, dots and underscores stay; all else becomes one hyphen."""
+    text = unicodedata.normalize("NFC", tool_name).lower()
+    words = re.sub(r"-+", "-", "".join(char if _is_kept(char) else "-" for char in text))
+    words = re.sub(r"\.{2,}", ".", words)
+    cut = words.encode("utf-8", "ignore")[:_LONGEST_TOOL_BYTES].decode("utf-8", "ignore")
+    return cut.strip("-.")
+
+
+def _is_kept(char: str) -> bool:
+    if char.isascii():
+        return char.isalnum() or char in "._"
+    return unicodedata.category(char)[0] in "LMNS"

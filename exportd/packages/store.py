@@ -1,0 +1,104 @@
+"""The package storage: names become open file descriptors, and nothing outside the root can be reached.
+
+A package is opened once, from a descriptor of the root, one path component at a time and never through a
+symbolic link, so there is no moment between check and use. What is true of the package (size, identity) is
+read from the open descriptor. From then on its name no longer matters.
+"""
+
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Self
+
+_OPEN_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+# O_NONBLOCK: opening a FIFO that nobody writes to must not hang. It changes nothing for regular files.
+_OPEN_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
+
+
+class PackageMissing(Exception):
+    """There is no file of that name."""
+
+
+class PackageUnusable(Exception):
+    """The package is there, or should be, and cannot be served. The message says why, for the log."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpenPackage:
+    """A package that is open for reading. Whoever opened it closes it, best with a ``with`` block."""
+
+    descriptor: int
+    size_bytes: int
+    device: int
+    inode: int
+    modified_ns: int
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.descriptor)
+
+
+class PackageStore:
+    """Packages under one local folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def open(self, package_path: str, expected_size_bytes: int | None) -> OpenPackage:
+        """Opens a package by its name: a path relative to the root, or an absolute one inside it.
+
+        ``expected_size_bytes`` is what was recorded; None: nothing was. Raises PackageMissing where there is
+        no such file, and PackageUnusable for everything else: another size, no permission, no regular file,
+        a path that leaves the root, a root that is not there, no descriptor left, an I/O error.
+        """
+        names = self._names_below_root(package_path)
+        try:
+            folder = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise PackageUnusable(f"storage root: {error.strerror}") from error
+        try:
+            for name in names[:-1]:
+                inner = os.open(name, _OPEN_FOLDER, dir_fd=folder)
+                os.close(folder)
+                folder = inner
+            descriptor = os.open(names[-1], _OPEN_FILE, dir_fd=folder)
+        except FileNotFoundError as error:
+            raise PackageMissing(package_path) from error
+        except OSError as error:
+            raise PackageUnusable(error.strerror or str(error)) from error
+        finally:
+            os.close(folder)
+        try:
+            return _examine(descriptor, expected_size_bytes)
+        except BaseException:
+            os.close(descriptor)
+            raise
+
+    def is_ready(self) -> bool:
+        """Whether the root can be entered and read."""
+        return os.access(self.root, os.R_OK | os.X_OK) and self.root.is_dir()
+
+    def _names_below_root(self, package_path: str) -> tuple[str, ...]:
+        path = PurePosixPath(package_path)
+        if path.is_absolute():
+            if not path.is_relative_to(self.root):
+                raise PackageUnusable("the path leads out of the storage root")
+            path = path.relative_to(self.root)
+        if not path.parts or ".." in path.parts or "\0" in package_path:
+            raise PackageUnusable("the path leads out of the storage root")
+        return path.parts
+
+
+def _examine(descriptor: int, expected_size_bytes: int | None) -> OpenPackage:
+    try:
+        status = os.fstat(descriptor)
+    except OSError as error:
+        raise PackageUnusable(error.strerror or str(error)) from error
+    if not stat.S_ISREG(status.st_mode):
+        raise PackageUnusable("not a regular file")
+    if expected_size_bytes is not None and status.st_size != expected_size_bytes:
+        raise PackageUnusable(f"{status.st_size} bytes on disk, {expected_size_bytes} recorded")
+    return OpenPackage(descriptor, status.st_size, status.st_dev, status.st_ino, status.st_mtime_ns)

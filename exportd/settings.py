@@ -1,0 +1,271 @@
+"""config.toml and the environment become one validated, frozen object.
+
+Later wins: built-in defaults, the configuration file, ``EXPORTD_<SECTION>__<KEY>``, command-line options.
+Everything is checked before anything starts, and every problem is reported at once, by key, without the
+offending value (it may be a secret).
+"""
+
+import json
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
+
+ENVIRONMENT_PREFIX = "EXPORTD_"
+MINIMUM_SECRET_BYTES = 32
+
+
+class SettingsError(Exception):
+    """The configuration cannot be used. ``problems`` holds one line for each key."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = problems
+
+
+def _check_base_path(value: str) -> str:
+    if value and (not value.startswith("/") or value.endswith("/") or "//" in value):
+        raise ValueError("must begin with a slash and not end with one, such as /api/tool-registry")
+    if set(value) & set("{}?#% \\"):
+        raise ValueError("must be a plain path, without spaces, braces, '?', '#' or '%'")
+    return value
+
+
+def _check_secret(value: SecretStr | None) -> SecretStr | None:
+    if value is not None and len(value.get_secret_value().encode()) < MINIMUM_SECRET_BYTES:
+        raise ValueError(f"must be at least {MINIMUM_SECRET_BYTES} bytes long")
+    return value
+
+
+def _empty_is_none(value: object) -> object:
+    return None if value == "" else value
+
+
+# TOML has no null, so an empty string stands for "not set".
+OptionalPath = Annotated[Path | None, BeforeValidator(_empty_is_none)]
+OptionalSecret = Annotated[SecretStr | None, BeforeValidator(_empty_is_none)]
+Seconds = Annotated[float, Field(gt=0, le=86400 * 365)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class ServerSettings(_Section):
+    """Where the daemon listens and how it stops."""
+
+    host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8080
+    base_path: Annotated[str, AfterValidator(_check_base_path)] = "/api/tool-registry"
+    drain_timeout_seconds: Annotated[float, Field(ge=0, le=86400 * 7)] = 60.0
+    tls_cert: OptionalPath = None
+    tls_key: OptionalPath = None
+
+    @model_validator(mode="after")
+    def _both_or_neither(self) -> Self:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key must be given together")
+        return self
+
+
+class DatabaseSettings(_Section):
+    """Which PostgreSQL, how many connections, and how long anything may take."""
+
+    dsn: OptionalSecret = None
+    pool_min_size: Annotated[int, Field(ge=0, le=1000)] = 1
+    pool_max_size: Annotated[int, Field(ge=1, le=1000)] = 10
+    connect_timeout_seconds: Seconds = 5.0
+    statement_timeout_seconds: Seconds = 10.0
+    startup_timeout_seconds: Seconds = 30.0
+
+    @model_validator(mode="after")
+    def _sizes_in_order(self) -> Self:
+        if self.pool_min_size > self.pool_max_size:
+            raise ValueError("pool_min_size must not be larger than pool_max_size")
+        return self
+
+
+class StorageSettings(_Section):
+    """Where packages are kept; empty: ``<data_dir>/packages``."""
+
+    root: OptionalPath = None
+
+
+class AuthSettings(_Section):
+    """How a token becomes a principal; no secret: one is made in the data folder."""
+
+    secret: Annotated[OptionalSecret, AfterValidator(_check_secret)] = None
+    user_claim: Annotated[str, Field(min_length=1)] = "userId"
+    role_claim: Annotated[str, Field(min_length=1)] = "role"
+    admin_role: Annotated[str, Field(min_length=1)] = "admin"
+
+
+class DownloadSettings(_Section):
+    """How bytes go out."""
+
+    chunk_size: Annotated[int, Field(ge=1024, le=16 * 1024 * 1024)] = 65536
+    sendfile: bool = True
+    slice_bytes: Annotated[int, Field(ge=4096, le=64 * 1024 * 1024)] = 524288
+
+
+class RetentionSettings(_Section):
+    """How long a package is kept."""
+
+    days: Annotated[int, Field(ge=1, le=36500)] = 30
+
+
+class LoggingSettings(_Section):
+    """What is logged, and in which form."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["json", "console"] = "json"
+
+
+class Settings(_Section):
+    """The whole configuration. Paths are absolute; relative ones are taken from the working directory."""
+
+    data_dir: Path = Path("exportd-data")
+    server: ServerSettings = ServerSettings()
+    database: DatabaseSettings = DatabaseSettings()
+    storage: StorageSettings = StorageSettings()
+    auth: AuthSettings = AuthSettings()
+    download: DownloadSettings = DownloadSettings()
+    retention: RetentionSettings = RetentionSettings()
+    logging: LoggingSettings = LoggingSettings()
+
+    @property
+    def storage_root(self) -> Path:
+        return (self.storage.root or self.data_dir / "packages").absolute()
+
+
+Key = tuple[str, ...]
+
+
+def load_settings(
+    config_file: Path | None, environ: Mapping[str, str], options: Mapping[Key, object] | None = None
+) -> Settings:
+    """Reads the configuration.
+
+    ``config_file`` is the one asked for by name, which must exist; without it ``$EXPORTD_CONFIG``, then
+    ``./config.toml`` where there is one. ``options`` holds command-line values by key, such as
+    ``("server", "port")``. Raises SettingsError.
+    """
+    document, source = _read_config_file(config_file, environ)
+    origins: dict[Key, str] = {}
+    problems: list[str] = []
+    for variable, key in _environment_keys(environ, problems):
+        _put(document, key, _parse_environment_value(environ[variable], key))
+        origins[key] = variable
+    for key, value in (options or {}).items():
+        _put(document, key, value)
+        origins[key] = f"--{key[-1].replace('_', '-')}"
+    try:
+        settings = Settings.model_validate_json(json.dumps(document, default=str), strict=True)
+    except ValidationError as error:
+        problems.extend(
+            _describe(tuple(str(part) for part in item["loc"]), item["type"], item["msg"], origins, source)
+            for item in error.errors(include_url=False, include_context=False, include_input=False)
+        )
+    if problems:
+        raise SettingsError(problems)
+    return settings.model_copy(update={"data_dir": settings.data_dir.absolute()})
+
+
+def _read_config_file(config_file: Path | None, environ: Mapping[str, str]) -> tuple[dict[str, Any], str]:
+    named = config_file or (Path(environ["EXPORTD_CONFIG"]) if environ.get("EXPORTD_CONFIG") else None)
+    path = named or Path("config.toml")
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8")), str(path)
+    except FileNotFoundError:
+        if named is None:
+            return {}, "built-in defaults"
+        raise SettingsError([f"configuration file {path} does not exist"]) from None
+    except OSError as error:
+        raise SettingsError([f"configuration file {path} cannot be read: {error.strerror}"]) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError([f"configuration file {path} is not valid TOML: {error}"]) from error
+
+
+def _environment_keys(environ: Mapping[str, str], problems: list[str]) -> list[tuple[str, Key]]:
+    """The variables that set a key. Others with our prefix pass, except near misses of a real key:
+    Kubernetes sets ``EXPORTD_PORT`` and its like for a service of our name."""
+    near_misses = {"_".join(key).upper(): "__".join(key).upper() for key in _known_keys() if len(key) == 2}
+    found: list[tuple[str, Key]] = []
+    for variable in sorted(environ):
+        name = variable.removeprefix(ENVIRONMENT_PREFIX)
+        if name == variable:
+            continue
+        if name == "DATA_DIR":
+            found.append((variable, ("data_dir",)))
+        elif "__" in name:
+            found.append((variable, tuple(name.lower().split("__"))))
+        elif name in near_misses:
+            problems.append(
+                f"{variable}: unknown variable, did you mean {ENVIRONMENT_PREFIX}{near_misses[name]}?"
+            )
+    return found
+
+
+def _known_keys() -> list[Key]:
+    keys: list[Key] = []
+    for name, field in Settings.model_fields.items():
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, _Section):
+            keys.extend((name, key) for key in section.model_fields)
+        else:
+            keys.append((name,))
+    return keys
+
+
+def _parse_environment_value(text: str, key: Key) -> object:
+    """Text stays text; every other type is written as in TOML. What does not parse is left for the
+    validation to refuse."""
+    if _is_text(key):
+        return text
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _is_text(key: Key) -> bool:
+    annotation: object = Settings
+    for name in key:
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return True
+        field = annotation.model_fields.get(name)
+        if field is None:
+            return True
+        annotation = field.annotation
+    if isinstance(annotation, types.UnionType):
+        annotation = next(arm for arm in typing.get_args(annotation) if arm is not type(None))
+    return annotation in (str, Path, SecretStr) or typing.get_origin(annotation) is Literal
+
+
+def _put(document: dict[str, Any], key: Key, value: object) -> None:
+    for name in key[:-1]:
+        inner = document.get(name)
+        if not isinstance(inner, dict):
+            inner = document[name] = {}
+        document = inner
+    document[key[-1]] = value
+
+
+def _describe(key: Key, kind: str, message: str, origins: Mapping[Key, str], source: str) -> str:
+    # An unknown section is reported by its own name, whichever of its keys a variable set.
+    origin = next((name for set_key, name in origins.items() if set_key[: len(key)] == key), source)
+    sentence = "unknown key" if kind == "extra_forbidden" else message.removeprefix("Value error, ")
+    return f"{'.'.join(key) or 'configuration'}: {sentence} (from {origin})"
