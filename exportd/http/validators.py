@@ -2,7 +2,7 @@
 
 import base64
 import hashlib
-from datetime import datetime
+from datetime import UTC, datetime
 from email.utils import format_datetime
 
 
@@ -19,7 +19,7 @@ def identity_tag(device: int, inode: int, size_bytes: int, modified_ns: int) -> 
 
 def last_modified(moment: datetime) -> str:
     """The value of Last-Modified: an HTTP date, rounded down to the second."""
-    return format_datetime(moment.replace(microsecond=0), usegmt=True)
+    return format_datetime(moment.astimezone(UTC).replace(microsecond=0), usegmt=True)
 
 
 def repr_digest(sha256_hex: str) -> str:

@@ -1,0 +1,87 @@
+import stat
+import threading
+import time
+from pathlib import Path
+
+import jwt
+import pytest
+
+from exportd.auth.principal import Principal
+from exportd.auth.tokens import InvalidToken, Tokens, load_or_make_secret
+
+SECRET = "s" * 64
+
+
+@pytest.fixture
+def tokens() -> Tokens:
+    return Tokens(SECRET, user_claim="userId", role_claim="role", admin_role="admin")
+
+
+def signed(claims: dict[str, object], secret: str = SECRET, algorithm: str = "HS256") -> str:
+    return jwt.encode({"exp": int(time.time()) + 60, **claims}, secret, algorithm=algorithm)
+
+
+def test_a_signed_token_verifies_to_its_principal(tokens: Tokens) -> None:
+    assert tokens.verify(tokens.sign("ann", None, 60)) == Principal("ann", False)
+    assert tokens.verify(tokens.sign("ann", "admin", 60)) == Principal("ann", True)
+    assert tokens.verify(tokens.sign("ann", "Admin", 60)) == Principal("ann", False)
+
+
+def test_a_numeric_user_id_is_its_digits(tokens: Tokens) -> None:
+    assert tokens.verify(signed({"userId": 42})).user_id == "42"
+
+
+def test_other_claim_names_are_honoured() -> None:
+    tokens = Tokens(SECRET, user_claim="sub", role_claim="grp", admin_role="ops")
+    assert tokens.verify(signed({"sub": "ann", "grp": "ops"})) == Principal("ann", True)
+
+
+NOT_TOKENS = {
+    "empty": "",
+    "not a JWT": "a.b.c",
+    "not ASCII": "é",
+    "signed with another secret": signed({"userId": "ann"}, "x" * 64),
+    "signed with another algorithm": signed({"userId": "ann"}, algorithm="HS512"),
+    "not signed": jwt.encode({"userId": "ann", "exp": 9999999999}, None, algorithm="none"),
+    "expired": signed({"userId": "ann", "exp": 1}),
+    "without expiry": jwt.encode({"userId": "ann"}, SECRET, algorithm="HS256"),
+    "without user": signed({}),
+    "user is empty": signed({"userId": ""}),
+    "user is null": signed({"userId": None}),
+    "user is a truth value": signed({"userId": True}),
+    "user is a list": signed({"userId": ["ann"]}),
+    "user is too long": signed({"userId": "x" * 256}),
+    "user holds NUL": signed({"userId": "a\0b"}),
+}
+
+
+@pytest.mark.parametrize("name", NOT_TOKENS)
+def test_anything_else_is_no_token(tokens: Tokens, name: str) -> None:
+    with pytest.raises(InvalidToken):
+        tokens.verify(NOT_TOKENS[name])
+
+
+def test_the_secret_is_made_once_for_its_owner_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "new"
+    first = load_or_make_secret(folder)
+    assert len(first.encode()) >= 32
+    assert load_or_make_secret(folder) == first
+    assert stat.S_IMODE((folder / "secret").stat().st_mode) == 0o600
+    assert [path.name for path in folder.iterdir()] == ["secret"]
+
+
+def test_processes_that_start_together_agree_on_the_secret(tmp_path: Path) -> None:
+    found: list[str] = []
+    barrier = threading.Barrier(8)
+
+    def start() -> None:
+        barrier.wait()
+        found.append(load_or_make_secret(tmp_path))
+
+    threads = [threading.Thread(target=start) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 8
+    assert set(found) == {(tmp_path / "secret").read_text()}

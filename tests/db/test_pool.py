@@ -1,0 +1,129 @@
+"""Connections die, servers refuse, statements hang: what the pool makes of it."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import psycopg2
+import pytest
+
+from exportd.db.pool import Database, DatabaseUnavailable, open_database
+from tests.conftest import query
+
+OPTIONS = {
+    "pool_min_size": 1,
+    "pool_max_size": 3,
+    "connect_timeout_seconds": 5.0,
+    "statement_timeout_seconds": 5.0,
+}
+
+
+@pytest.fixture
+async def database(dsn: str) -> AsyncIterator[Database]:
+    database = await open_database(dsn, **OPTIONS)  # type: ignore[arg-type]
+    yield database
+    await database.close()
+
+
+def kill_connections(dsn: str) -> int:
+    rows = query(
+        dsn,
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+        " WHERE datname = current_database() AND application_name = 'exportd'",
+    )
+    return len(rows)
+
+
+async def test_rows_come_back(database: Database) -> None:
+    assert await database.fetch_all("SELECT * FROM (VALUES (1, 'a'), (2, 'b')) AS v ORDER BY 1") == [
+        (1, "a"),
+        (2, "b"),
+    ]
+    assert await database.fetch_one("SELECT %s::integer", (7,)) == (7,)
+    assert await database.fetch_one("SELECT 1 WHERE false") is None
+    assert await database.fetch_all("SET application_name = 'exportd'") == []
+
+
+async def test_times_are_read_in_utc(database: Database) -> None:
+    assert await database.fetch_one("SHOW TimeZone") == ("UTC",)
+
+
+async def test_connections_that_died_are_replaced(database: Database, dsn: str) -> None:
+    await asyncio.gather(*(database.fetch_one("SELECT 1") for _ in range(3)))
+    assert kill_connections(dsn) >= 1
+    for _ in range(4):
+        assert await database.fetch_one("SELECT 1") == (1,)
+
+
+async def test_a_statement_whose_connection_dies_under_it_is_sent_again(database: Database, dsn: str) -> None:
+    query(dsn, "CREATE TABLE gate ()")
+    with psycopg2.connect(dsn) as blocker:
+        blocker.cursor().execute("LOCK TABLE gate")
+        waiting = asyncio.create_task(
+            database.fetch_all("SELECT 'through' FROM gate UNION ALL SELECT 'through'")
+        )
+        while not query(dsn, "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"):
+            await asyncio.sleep(0)
+        kill_connections(dsn)
+    blocker.close()
+    assert await waiting == [("through",)]
+
+
+async def test_a_database_that_refuses_is_unavailable_and_comes_back(
+    database: Database, dsn: str, server_dsn: str
+) -> None:
+    name = psycopg2.extensions.parse_dsn(dsn)["dbname"]
+    query(server_dsn, f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
+    query(server_dsn, "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", (name,))
+    with pytest.raises(DatabaseUnavailable, match="not currently accepting connections"):
+        await database.fetch_one("SELECT 1")
+    query(server_dsn, f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
+    assert await database.fetch_one("SELECT 1") == (1,)
+
+
+async def test_a_statement_that_hangs_is_unavailable_in_time(dsn: str) -> None:
+    database = await open_database(dsn, **{**OPTIONS, "statement_timeout_seconds": 0.1})  # type: ignore[arg-type]
+    with pytest.raises(DatabaseUnavailable, match="in time"):
+        await database.fetch_one("SELECT pg_sleep(60)")
+    assert await database.fetch_one("SELECT 1") == (1,)
+    await database.close()
+
+
+async def test_the_servers_own_limit_is_no_cancellation(database: Database) -> None:
+    # set_config in the statement itself: only this statement's limit is lower.
+    await database.fetch_one("SELECT set_config('statement_timeout', '50', false)")
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda *_: None)  # aiopg reports it there as well
+    with pytest.raises(DatabaseUnavailable, match="cancelled the statement"):
+        await database.fetch_one("SELECT pg_sleep(60)")
+
+
+async def test_a_cancelled_caller_is_cancelled(database: Database) -> None:
+    task = asyncio.create_task(database.fetch_one("SELECT pg_sleep(60)"))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert await database.fetch_one("SELECT 1") == (1,)
+
+
+async def test_a_pool_that_is_used_up_is_unavailable_in_time(dsn: str) -> None:
+    options = {**OPTIONS, "pool_max_size": 1, "connect_timeout_seconds": 0.2}
+    database = await open_database(dsn, **options)  # type: ignore[arg-type]
+    holding = asyncio.create_task(database.fetch_one("SELECT pg_sleep(2)"))
+    await asyncio.sleep(0)
+    with pytest.raises(DatabaseUnavailable, match="in time"):
+        await database.fetch_one("SELECT 1")
+    await holding
+    await database.close()
+
+
+async def test_a_wrong_statement_is_a_defect_not_an_outage(database: Database) -> None:
+    with pytest.raises(psycopg2.errors.UndefinedTable):
+        await database.fetch_one("SELECT * FROM nowhere")
+    assert await database.fetch_one("SELECT 1") == (1,)
+
+
+async def test_opening_an_unreachable_database_fails(tmp_path: Path) -> None:
+    with pytest.raises(DatabaseUnavailable, match="No such file or directory"):
+        await open_database(f"host={tmp_path} dbname=x", **OPTIONS)  # type: ignore[arg-type]

@@ -1,0 +1,30 @@
+from datetime import UTC, datetime, timedelta, timezone
+
+from exportd.http.validators import entity_tag, identity_tag, last_modified, repr_digest
+
+# The SHA-256 of the empty string.
+EMPTY = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+
+
+def test_entity_tag_is_strong_and_quoted() -> None:
+    assert entity_tag(EMPTY) == f'"{EMPTY}"'
+
+
+def test_identity_tag_changes_with_each_part_of_the_identity() -> None:
+    tags = {
+        identity_tag(*identity)
+        for identity in [(1, 2, 3, 4), (9, 2, 3, 4), (1, 9, 3, 4), (1, 2, 9, 4), (1, 2, 3, 9)]
+    }
+    assert len(tags) == 5
+    assert all(tag.startswith('"') and tag.endswith('"') for tag in tags)
+
+
+def test_last_modified_is_rounded_down_and_in_gmt() -> None:
+    moment = datetime(2025, 10, 24, 12, 0, 59, 999_999, tzinfo=UTC)
+    assert last_modified(moment) == "Fri, 24 Oct 2025 12:00:59 GMT"
+    elsewhere = moment.astimezone(timezone(timedelta(hours=-7)))
+    assert last_modified(elsewhere) == "Fri, 24 Oct 2025 12:00:59 GMT"
+
+
+def test_repr_digest_is_base64_of_the_bytes() -> None:
+    assert repr_digest(EMPTY) == "sha-256=:47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU=:"
