@@ -41,7 +41,8 @@ def make_app(settings: Settings, dsn: str) -> web.Application:
 
     app.cleanup_ctx.append(resources)
     app.on_response_prepare.append(set_common_headers)
-    jobs = f"{settings.server.base_path}/export-jobs/{{job_id}}"
+    # Any id at all, so that one that is no UUID is told so.
+    jobs = f"{settings.server.base_path}/export-jobs/{{job_id:[^/]+}}"
     app.router.add_get(f"{jobs}/download", download_package)
     app.router.add_get(f"{jobs}/download-stats", download_statistics)
     app.router.add_get("/healthz", healthz)

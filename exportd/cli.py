@@ -63,7 +63,7 @@ def main() -> None:
     """The console script."""
     signal.signal(signal.SIGTERM, _exit_on_signal)
     try:
-        cli.main(standalone_mode=False)
+        cli.main(prog_name="exportd", standalone_mode=False)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
@@ -84,7 +84,7 @@ def _fail(*problems: str, status: int = 1) -> NoReturn:
 
 
 @click.group()
-@click.version_option(__version__)
+@click.version_option(__version__, prog_name="exportd")
 def cli() -> None:
     """Hands finished export packages to the people allowed to have them."""
 

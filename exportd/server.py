@@ -1,6 +1,7 @@
 """The process: sockets, signals, draining."""
 
 import asyncio
+import os
 import signal
 import ssl
 from collections.abc import Callable
@@ -68,9 +69,9 @@ async def _serve(
         try:
             await site.start()
         except OSError as error:
-            raise ServerError(
-                f"cannot listen on {listener.host}:{listener.port}: {error.strerror or error}"
-            ) from error
+            # The loop's own text repeats the address.
+            reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
+            raise ServerError(f"cannot listen on {listener.host}:{listener.port}: {reason}") from error
         scheme = "https" if listener.tls_cert else "http"
         host, port = runner.addresses[0][:2]
         url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"

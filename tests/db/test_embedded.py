@@ -11,7 +11,7 @@ import psycopg2
 import pytest
 
 from exportd.db.embedded import EmbeddedServerError, embedded_server
-from tests.conftest import query
+from tests.support.postgres import query
 
 HOLD = (
     "import sys; from pathlib import Path; from exportd.db.embedded import embedded_server\n"

@@ -12,8 +12,8 @@ from exportd.db.jobs import find_job, find_statistics, record_completed_job
 from exportd.db.migrate import migrate_up
 from exportd.db.pool import Database, open_database
 from exportd.db.rows import DownloadEvent
-from tests.conftest import query
 from tests.db.test_pool import OPTIONS
+from tests.support.postgres import query
 
 DIGEST = "0" * 64
 

@@ -16,7 +16,7 @@ from exportd.db.migrate import (
     migration_status,
     wait_for_database,
 )
-from tests.conftest import database_dsn, query
+from tests.support.postgres import database_dsn, query
 
 REPOSITORY = Path(__file__).parent.parent.parent
 FIRST, SECOND = "0001.export-jobs", "0002.download-tracking"

@@ -8,7 +8,7 @@ import psycopg2
 import pytest
 
 from exportd.db.pool import Database, DatabaseUnavailable, open_database
-from tests.conftest import query
+from tests.support.postgres import query
 
 OPTIONS = {
     "pool_min_size": 1,

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import uuid
 from pathlib import Path
 
@@ -147,6 +148,24 @@ def test_special_files_are_refused_and_never_hang(folder: Path, storage: Path) -
     with pytest.raises(PackError, match="fifo is neither"):
         measure_source(folder / "sub" / "fifo")
     assert left_in(storage) == []
+
+
+def test_an_unreadable_file_inside_the_folder_is_named() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        source, storage = Path(name) / "export", Path(name) / "packages"
+        for folder in (Path(name), source, storage):
+            folder.mkdir(exist_ok=True)
+            folder.chmod(0o777)
+        (source / "secret").touch(mode=0)
+        uid = os.geteuid()
+        try:
+            if uid == 0:  # root may read everything
+                os.seteuid(65534)
+            with pytest.raises(PackError, match=f"{source}/secret: Permission denied"):
+                publish(source, storage)
+        finally:
+            os.seteuid(uid)
+        assert left_in(storage) == []
 
 
 def test_a_folder_around_the_storage_is_refused(storage: Path) -> None:

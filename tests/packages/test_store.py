@@ -3,6 +3,7 @@ import os
 import resource
 import socket
 import stat
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -163,3 +164,19 @@ def test_any_other_error_of_the_system_is_an_outage(
 
 def test_ready_means_the_root_can_be_entered(store: PackageStore) -> None:
     assert store.is_ready()
+
+
+def test_a_file_that_may_not_be_read_is_an_outage_not_a_missing_package() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        root.chmod(0o755)
+        (root / "a.tar.gz").write_bytes(CONTENT)
+        (root / "a.tar.gz").chmod(0)
+        uid = os.geteuid()
+        try:
+            if uid == 0:  # root may read everything
+                os.seteuid(65534)
+            with pytest.raises(PackageUnusable, match="Permission denied"):
+                PackageStore(root).open("a.tar.gz", None)
+        finally:
+            os.seteuid(uid)

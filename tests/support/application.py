@@ -1,0 +1,126 @@
+"""The application in this process, over a real database and storage, by each way of delivery."""
+
+import hashlib
+import random
+import uuid
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp.test_utils import TestClient
+
+from exportd.app import make_app
+from exportd.auth.tokens import Tokens
+from exportd.settings import Settings
+from tests.support.postgres import query
+
+SECRET = "a secret for the tests, 32 bytes long"
+BASE = "/api/tool-registry/export-jobs"
+
+
+def bearer(user_id: str, role: str | None = None, ttl_seconds: int = 600) -> dict[str, str]:
+    tokens = Tokens(SECRET, user_claim="userId", role_claim="role", admin_role="admin")
+    return {"Authorization": f"Bearer {tokens.sign(user_id, role, ttl_seconds)}"}
+
+
+ANN, EVE, ADMIN = bearer("ann"), bearer("eve"), bearer("root", "admin")
+
+
+@dataclass
+class Package:
+    """A job in the database, its file in the storage, and where to download it."""
+
+    job_id: str
+    content: bytes
+    file: Path
+    url: str
+    stats_url: str
+
+
+class Jobs:
+    """Makes jobs."""
+
+    def __init__(self, dsn: str, storage: Path) -> None:
+        self.dsn = dsn
+        self.storage = storage
+
+    def add(self, content: bytes = b"a package", **columns: object) -> Package:
+        """A completed job of ann's that expires in a month; ``columns`` replace what its row says."""
+        job_id = str(uuid.uuid4())
+        file = self.storage / f"{job_id}.tar.gz"
+        file.write_bytes(content)
+        row: dict[str, object] = {
+            "job_id": job_id,
+            "user_id": "ann",
+            "status": "completed",
+            "tool_data": '{"name": "Customer Form"}',
+            "completed_at": datetime.fromisoformat("2025-10-24T12:00:00.9+00:00"),
+            "package_path": file.name,
+            "package_size_bytes": len(content),
+            "package_sha256": hashlib.sha256(content).hexdigest(),
+            "package_expires_at": datetime.now().astimezone() + timedelta(days=30),
+            **columns,
+        }
+        names = ", ".join(row)
+        query(
+            self.dsn,
+            f"INSERT INTO export_jobs ({names}) VALUES ({', '.join(['%s'] * len(row))})",
+            tuple(row.values()),
+        )
+        url = f"{BASE}/{row['job_id']}/download"
+        return Package(job_id, content, file, url, f"{url}-stats")
+
+    def counts(self, package: Package) -> tuple[int, int]:
+        """download_count and bytes_served of the job's row."""
+        ((count, served),) = query(
+            self.dsn,
+            "SELECT download_count, bytes_served FROM export_jobs WHERE job_id = %s",
+            (package.job_id,),
+        )
+        return count, served
+
+
+@pytest.fixture
+def jobs(dsn: str, storage: Path) -> Jobs:
+    return Jobs(dsn, storage)
+
+
+@pytest.fixture(params=["sendfile", "chunks"])
+def sender(request: pytest.FixtureRequest) -> str:
+    """The way of delivery; tests assert that it is the one that ran."""
+    name: str = request.param
+    return name
+
+
+Start = Callable[..., Awaitable[TestClient[Any, Any]]]
+
+
+@pytest.fixture
+async def start(
+    aiohttp_client: Callable[..., Awaitable[TestClient[Any, Any]]], dsn: str, storage: Path
+) -> Start:
+    """Starts the application; ``sections`` change its settings."""
+
+    async def start(**sections: dict[str, object]) -> TestClient[Any, Any]:
+        document = {
+            "data_dir": str(storage.parent),
+            "storage": {"root": str(storage)},
+            "auth": {"secret": SECRET},
+            **sections,
+        }
+        settings = Settings.model_validate(document, strict=False)
+        return await aiohttp_client(make_app(settings, dsn), auto_decompress=False)
+
+    return start
+
+
+@pytest.fixture
+async def client(start: Start, sender: str) -> TestClient[Any, Any]:
+    return await start(download={"sendfile": sender == "sendfile"})
+
+
+def noise(size: int) -> bytes:
+    return random.Random(size).randbytes(size)

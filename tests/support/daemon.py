@@ -1,0 +1,140 @@
+"""The real command in processes of its own: publish, serve, and what they print."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.application import SECRET
+
+WAIT_SECONDS = 60.0
+
+
+def wait_for(what: str, condition: Callable[[], Any]) -> Any:
+    """The first true value of ``condition``, or a failure that says what was waited for."""
+    deadline = time.monotonic() + WAIT_SECONDS
+    while time.monotonic() < deadline:
+        if value := condition():
+            return value
+        time.sleep(0.01)
+    pytest.fail(f"waited {WAIT_SECONDS} s for {what}")
+
+
+class Daemon:
+    """A running ``exportd serve``."""
+
+    def __init__(self, process: subprocess.Popen[str], output: Path) -> None:
+        self.process = process
+        self._output = output
+
+    @property
+    def log(self) -> list[dict[str, Any]]:
+        """Every complete log line so far; each is one JSON object."""
+        return [
+            json.loads(line)
+            for line in self._output.read_text().splitlines(keepends=True)
+            if line.endswith("\n")
+        ]
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        return [line for line in self.log if line["event"] == name]
+
+    def wait_for_event(self, name: str) -> dict[str, Any]:
+        def found() -> dict[str, Any] | None:
+            assert self.process.poll() in (None, 0, 1), self._output.read_text()
+            return next(iter(self.events(name)), None)
+
+        event: dict[str, Any] = wait_for(f"the log line {name}", found)
+        return event
+
+    @property
+    def url(self) -> str:
+        url: str = self.wait_for_event("server_started")["url"]
+        return url
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(WAIT_SECONDS)
+
+
+class Exportd:
+    """The command line, with a data folder and a database of its own."""
+
+    def __init__(self, folder: Path, dsn: str) -> None:
+        self.folder = folder
+        self.dsn = dsn
+        self._daemons: list[Daemon] = []
+        self.environ = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("EXPORTD_")},
+            "EXPORTD_DATA_DIR": str(folder / "data"),
+            "EXPORTD_DATABASE__DSN": dsn,
+            "EXPORTD_AUTH__SECRET": SECRET,
+            "EXPORTD_SERVER__PORT": "0",
+        }
+
+    @property
+    def storage(self) -> Path:
+        return self.folder / "data" / "packages"
+
+    def run(self, *arguments: object, **environ: str) -> subprocess.CompletedProcess[str]:
+        """Runs a command to its end."""
+        return subprocess.run(
+            [sys.executable, "-m", "exportd", *map(str, arguments)],
+            env={**self.environ, **environ},
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            timeout=WAIT_SECONDS,
+            check=False,
+        )
+
+    def publish(self, source: Path, *options: object) -> dict[str, Any]:
+        """Publishes for ann; what the command printed."""
+        done = self.run("publish", source, "--user", "ann", "--tool", "Form", *options)
+        assert done.returncode == 0, done.stderr
+        published: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return published
+
+    def serve(self, *options: object, **environ: str) -> Daemon:
+        """Starts a daemon; it is killed at the end of the test if it still runs."""
+        output = self.folder / f"daemon-{len(self._daemons)}.log"
+        with output.open("w") as stdout:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "exportd", "serve", *map(str, options)],
+                env={**self.environ, **environ},
+                cwd=self.folder,
+                stdout=stdout,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        daemon = Daemon(process, output)
+        self._daemons.append(daemon)
+        return daemon
+
+    def close(self) -> None:
+        for daemon in self._daemons:
+            if daemon.process.poll() is None:
+                daemon.process.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    daemon.process.wait(5)
+            daemon.process.kill()
+            daemon.process.wait()
+
+
+@pytest.fixture
+def exportd(tmp_path: Path, dsn: str) -> Iterator[Exportd]:
+    command = Exportd(tmp_path, dsn)
+    yield command
+    command.close()

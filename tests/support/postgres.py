@@ -1,0 +1,92 @@
+"""A real PostgreSQL for the whole run, and a database of its own for each test, cloned from a template."""
+
+import fcntl
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import psycopg2
+import pytest
+
+from exportd.db.embedded import embedded_server
+from exportd.db.migrate import migrate_up
+
+_TEMPLATE = "exportd_template"
+
+
+@pytest.fixture(scope="session")
+def server_dsn(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Iterator[str]:
+    """One server, shared by the workers of a parallel run."""
+    base = tmp_path_factory.getbasetemp()
+    folder = base if worker_id == "master" else base.parent
+    with embedded_server(folder / "pg") as dsn:
+        with (folder / "template.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            _make_template(dsn)
+        yield dsn
+
+
+@pytest.fixture
+def empty_dsn(server_dsn: str) -> Iterator[str]:
+    """An empty database."""
+    yield from _database(server_dsn, "template0")
+
+
+@pytest.fixture
+def dsn(server_dsn: str) -> Iterator[str]:
+    """A migrated database."""
+    yield from _database(server_dsn, _TEMPLATE)
+
+
+def _make_template(dsn: str) -> None:
+    with _admin(dsn) as cursor:
+        cursor.execute("SELECT 1 FROM pg_database WHERE datname = %s", (_TEMPLATE,))
+        if cursor.fetchone():
+            return
+        # The tests' data may be lost in a crash of the machine.
+        cursor.execute("ALTER SYSTEM SET fsync = off")
+        cursor.execute("ALTER SYSTEM SET max_connections = 300")
+        cursor.execute("SELECT pg_reload_conf()")
+        cursor.execute(f"CREATE DATABASE {_TEMPLATE}_draft TEMPLATE template0")
+    migrate_up(database_dsn(dsn, f"{_TEMPLATE}_draft"))
+    with _admin(dsn) as cursor:
+        cursor.execute(f"ALTER DATABASE {_TEMPLATE}_draft RENAME TO {_TEMPLATE}")
+
+
+def _database(server_dsn: str, template: str) -> Iterator[str]:
+    name = f"test_{uuid.uuid4().hex}"
+    with _admin(server_dsn) as cursor:
+        cursor.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
+    yield database_dsn(server_dsn, name)
+    with _admin(server_dsn) as cursor:
+        cursor.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+def database_dsn(server_dsn: str, name: str) -> str:
+    return psycopg2.extensions.make_dsn(server_dsn, dbname=name)
+
+
+class _admin:  # noqa: N801  # a context manager over one autocommit cursor
+    def __init__(self, dsn: str) -> None:
+        self._connection = psycopg2.connect(dsn)
+        self._connection.autocommit = True
+
+    def __enter__(self) -> psycopg2.extensions.cursor:
+        return self._connection.cursor()
+
+    def __exit__(self, *_: object) -> None:
+        self._connection.close()
+
+
+def query(dsn: str, statement: str, parameters: object = ()) -> list[tuple]:
+    """Runs one statement outside exportd and returns its rows."""
+    with _admin(dsn) as cursor:
+        cursor.execute(statement, parameters)
+        return cursor.fetchall() if cursor.description else []
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Path:
+    root = tmp_path / "packages"
+    root.mkdir()
+    return root
