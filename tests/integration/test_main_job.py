@@ -5,7 +5,6 @@ import http.client
 import json
 import os
 import random
-import shutil
 import signal
 import socket
 import ssl
@@ -22,6 +21,7 @@ from exportd.db.embedded import embedded_server
 from tests.support.application import ANN, BASE, bearer
 from tests.support.daemon import Daemon, Exportd, wait_for
 from tests.support.postgres import query
+from tests.support.programs import require
 
 
 @pytest.fixture
@@ -66,8 +66,7 @@ def sha256(data: bytes) -> str:
 
 
 def test_publish_serve_download_by_curl(exportd: Exportd, source: Path, tmp_path: Path) -> None:
-    if shutil.which("curl") is None:
-        pytest.skip("curl is not installed")
+    require("curl")
     daemon = exportd.serve()
     published = exportd.publish(source, "--retention-days", 7)
     assert set(published) == {"jobId", "packagePath", "packageSizeBytes", "sha256", "expiresAt"}
@@ -456,8 +455,7 @@ def test_without_a_secret_one_is_made_in_the_data_folder(exportd: Exportd, sourc
 def test_demo_serves_the_sample_that_its_curl_line_downloads(
     tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
 ) -> None:
-    if shutil.which("curl") is None:
-        pytest.skip("curl is not installed")
+    require("curl")
     exportd = Exportd(tmp_path_factory.mktemp("d"), dsn="")
     output = tmp_path / "demo.log"
     with output.open("w") as stdout:
