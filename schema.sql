@@ -19,7 +19,8 @@ CREATE TABLE export_jobs (
     download_count bigint DEFAULT 0,
     last_downloaded_at timestamptz,
     bytes_served bigint DEFAULT 0,
-    re_export_of uuid
+    re_export_of uuid,
+    package_suspect_since timestamptz
 );
 
 COMMENT ON TABLE export_jobs IS 'exportd: one row for each export job';
@@ -38,6 +39,7 @@ COMMENT ON COLUMN export_jobs.download_count IS 'exportd: how often the whole pa
 COMMENT ON COLUMN export_jobs.last_downloaded_at IS 'exportd: when it last was';
 COMMENT ON COLUMN export_jobs.bytes_served IS 'exportd: bytes sent in all deliveries, partial and aborted ones too';
 COMMENT ON COLUMN export_jobs.re_export_of IS 'exportd: the job this one exports again';
+COMMENT ON COLUMN export_jobs.package_suspect_since IS 'exportd: the file changed after completion; it is not served until this is null again';
 
 -- One row for each delivery. No foreign key: the history outlives a job that the application deletes.
 CREATE TABLE download_events (

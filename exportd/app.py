@@ -6,7 +6,7 @@ import structlog
 from aiohttp import web
 
 from exportd.api.access import TOKENS
-from exportd.api.download import DATABASE, DELIVERY_OPTIONS, STORE, download_package
+from exportd.api.download import DATABASE, DELIVERY_OPTIONS, MAX_RANGES, STORE, download_package
 from exportd.api.health import healthz, readyz
 from exportd.api.lifecycle import Lifecycle
 from exportd.api.middleware import LIFECYCLE, edge, set_common_headers
@@ -27,6 +27,7 @@ def make_app(settings: Settings, dsn: str) -> web.Application:
     app[LIFECYCLE] = Lifecycle()
     app[TOKENS] = make_tokens(settings)
     app[STORE] = PackageStore(settings.storage_root)
+    app[MAX_RANGES] = settings.download.max_ranges
     app[DELIVERY_OPTIONS] = DeliveryOptions(
         sendfile=settings.download.sendfile,
         slice_bytes=settings.download.slice_bytes,

@@ -119,6 +119,7 @@ class DownloadSettings(_Section):
     chunk_size: Annotated[int, Field(ge=1024, le=16 * 1024 * 1024)] = 65536
     sendfile: bool = True
     slice_bytes: Annotated[int, Field(ge=4096, le=64 * 1024 * 1024)] = 524288
+    max_ranges: Annotated[int, Field(ge=1, le=1000)] = 16
 
 
 class RetentionSettings(_Section):

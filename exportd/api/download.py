@@ -5,6 +5,7 @@ It reads as the download flows: who asks, which job, may they, open, plan, deliv
 
 import asyncio
 import uuid
+from collections.abc import Sequence
 from datetime import UTC, datetime
 
 import structlog
@@ -17,6 +18,7 @@ from exportd.api.errors import (
     JobNotFound,
     PackageExpired,
     PackageNotReady,
+    PreconditionFailed,
     RangeNotSatisfiable,
     StorageError,
 )
@@ -24,15 +26,23 @@ from exportd.api.middleware import REQUEST_ID
 from exportd.auth.permission import Decision, decide_download
 from exportd.auth.principal import Principal
 from exportd.db.downloads import record_download
-from exportd.db.jobs import find_job
+from exportd.db.jobs import find_job, mark_suspect
 from exportd.db.pool import Database, DatabaseUnavailable
 from exportd.db.rows import DownloadEvent, Job
 from exportd.delivery.outcome import Delivery
 from exportd.delivery.response import DeliveryOptions, deliver
+from exportd.http.body import Segment, frame_body
 from exportd.http.content_disposition import content_disposition
-from exportd.http.plan import Plan, plan_response
+from exportd.http.plan import Plan, Representation, RequestFields, plan_response
 from exportd.http.sizes import format_size
-from exportd.http.validators import entity_tag, identity_tag, last_modified, repr_digest
+from exportd.http.validators import (
+    entity_tag,
+    http_date,
+    identity_tag,
+    repr_digest,
+    wants_digest,
+    whole_seconds,
+)
 from exportd.packages.store import OpenPackage, PackageMissing, PackageStore, PackageUnusable
 
 log = structlog.get_logger()
@@ -40,6 +50,9 @@ log = structlog.get_logger()
 DATABASE = web.AppKey("database", Database)
 STORE = web.AppKey("store", PackageStore)
 DELIVERY_OPTIONS = web.AppKey("delivery_options", DeliveryOptions)
+MAX_RANGES = web.AppKey("max_ranges", int)
+
+_CONTENT_TYPE = "application/gzip"
 
 # How long the record of a delivery's end may take; it goes on even while the daemon stops.
 _RECORD_TIMEOUT_SECONDS = 15.0
@@ -54,14 +67,23 @@ async def download_package(request: web.Request) -> web.StreamResponse:
         raise JobNotFound
     _check_permission(principal, job)
     with _open_package(request.app[STORE], job) as package:
-        plan = plan_response(request.method, request.headers.getall("Range", []), package.size_bytes)
-        if plan.status == RangeNotSatisfiable.status:
-            raise RangeNotSatisfiable(headers=plan.headers)
-        headers = {**_package_headers(job, package), **plan.headers}
+        representation = _describe(job, package)
+        fields, max_ranges = _request_fields(request), request.app[MAX_RANGES]
+        plan = plan_response(request.method, fields, representation, max_ranges)
+        match plan.status:
+            case 304:
+                return web.Response(status=304, headers=_caching_headers(representation))
+            case 412:
+                raise PreconditionFailed
+            case 416:
+                raise RangeNotSatisfiable(headers={"Content-Range": f"bytes */{package.size_bytes}"})
+        boundary = uuid.uuid4().hex
+        body = frame_body(plan.status, plan.parts, package.size_bytes, _CONTENT_TYPE, boundary)
+        headers = _package_headers(request, job, representation) | body.headers
         response = web.StreamResponse(status=plan.status, headers=headers)
         if request.method == "HEAD":
             return response
-        return await _deliver(request, response, principal, job, package, plan)
+        return await _deliver(request, response, principal, job, package, plan, body.segments)
 
 
 def _check_permission(principal: Principal, job: Job) -> None:
@@ -73,6 +95,9 @@ def _check_permission(principal: Principal, job: Job) -> None:
         case Decision.EXPIRED:
             expires_at = job.package_expires_at and job.package_expires_at.isoformat()
             raise _denied(PackageExpired(extra={"expiresAt": expires_at}))
+        case Decision.SUSPECT:
+            log.error("download_failed", reason="the package is suspect")
+            raise StorageError
         case Decision.ALLOWED:
             pass
 
@@ -94,22 +119,47 @@ def _open_package(store: PackageStore, job: Job) -> OpenPackage:
         raise StorageError from error
 
 
-def _package_headers(job: Job, package: OpenPackage) -> dict[str, str]:
+def _describe(job: Job, package: OpenPackage) -> Representation:
+    if job.package_sha256 is None:
+        etag = identity_tag(package.device, package.inode, package.size_bytes, package.modified_ns)
+    else:
+        etag = entity_tag(job.package_sha256)
     modified = job.completed_at or datetime.fromtimestamp(package.modified_ns // 10**9, UTC)
+    # Never later than Date: a client could not use it (RFC 9110, section 8.8.2.1).
+    return Representation(package.size_bytes, etag, whole_seconds(min(modified, job.read_at)))
+
+
+def _request_fields(request: web.Request) -> RequestFields:
+    return RequestFields(
+        range=_field(request, "Range"),
+        if_range=_field(request, "If-Range"),
+        if_match=_field(request, "If-Match"),
+        if_none_match=_field(request, "If-None-Match"),
+        if_modified_since=_field(request, "If-Modified-Since"),
+        if_unmodified_since=_field(request, "If-Unmodified-Since"),
+    )
+
+
+def _field(request: web.Request, name: str) -> str | None:
+    values = request.headers.getall(name, None)
+    return None if values is None else ", ".join(values)
+
+
+def _caching_headers(package: Representation) -> dict[str, str]:
+    """What a 304 must repeat of the 200 (RFC 9110, section 15.4.5)."""
+    return {"ETag": package.etag, "Cache-Control": "private, max-age=3600"}
+
+
+def _package_headers(request: web.Request, job: Job, package: Representation) -> dict[str, str]:
     headers = {
-        "Content-Type": "application/gzip",
-        "Content-Disposition": content_disposition(job.tool_name, modified.date()),
+        "Content-Disposition": content_disposition(job.tool_name, package.last_modified.date()),
         "Accept-Ranges": "bytes",
-        "Cache-Control": "private, max-age=3600",
-        "Last-Modified": last_modified(min(modified, job.read_at)),
-        "X-Package-Size": format_size(package.size_bytes),
+        "Last-Modified": http_date(package.last_modified),
+        "X-Package-Size": format_size(package.size),
         # nginx in front would otherwise spool the body to disk and cut it at 1 GB.
         "X-Accel-Buffering": "no",
-    }
-    if job.package_sha256 is None:
-        headers["ETag"] = identity_tag(package.device, package.inode, package.size_bytes, package.modified_ns)
-    else:
-        headers["ETag"] = entity_tag(job.package_sha256)
+    } | _caching_headers(package)
+    if job.package_sha256 is not None and wants_digest(_field(request, "Want-Repr-Digest")):
         headers["Repr-Digest"] = repr_digest(job.package_sha256)
     return headers
 
@@ -121,6 +171,7 @@ async def _deliver(
     job: Job,
     package: OpenPackage,
     plan: Plan,
+    segments: Sequence[Segment],
 ) -> web.StreamResponse:
     started_at = datetime.now(UTC)
     log.info(
@@ -129,9 +180,7 @@ async def _deliver(
         bytes_requested=plan.body_length,
         status=plan.status,
     )
-    parts = [(part.start, part.length) for part in plan.parts]
-    delivery = await deliver(request, response, package.descriptor, parts, request.app[DELIVERY_OPTIONS])
-    _log_end(delivery, package, plan)
+    delivery = await deliver(request, response, package, segments, request.app[DELIVERY_OPTIONS])
     event = DownloadEvent(
         event_id=uuid.uuid4(),
         job_id=job.job_id,
@@ -146,33 +195,45 @@ async def _deliver(
         request_id=request[REQUEST_ID],
         is_whole=delivery.outcome == "completed" and plan.body_length == package.size_bytes,
     )
-    await _record(request.app[DATABASE], event)
+    _log_end(delivery, event)
+    await _conclude(request.app[DATABASE], event)
     if delivery.reason == "shutdown":
         raise asyncio.CancelledError
     return response
 
 
-async def _record(database: Database, event: DownloadEvent) -> None:
-    """Writes the event before the handler ends: nothing else is answered on this connection, and it is not
-    closed, until the count is durable. Shielded, because a shutdown may cancel the handler meanwhile."""
-    writing = asyncio.ensure_future(
-        asyncio.wait_for(record_download(database, event), _RECORD_TIMEOUT_SECONDS)
-    )
+async def _conclude(database: Database, event: DownloadEvent) -> None:
+    """Records the delivery before the handler ends: nothing else is answered on this connection, and it is
+    not closed, until the count is durable. Shielded, since a shutdown may cancel the handler meanwhile."""
+    recording = asyncio.ensure_future(_record(database, event))
     try:
-        await asyncio.shield(writing)
+        await asyncio.shield(recording)
     except asyncio.CancelledError:
-        await asyncio.wait([writing])
+        await asyncio.wait([recording])
         raise
+
+
+async def _record(database: Database, event: DownloadEvent) -> None:
+    try:
+        async with asyncio.timeout(_RECORD_TIMEOUT_SECONDS):
+            if event.outcome == "changed":
+                # No download of it starts again until somebody has looked at it.
+                await mark_suspect(database, event.job_id)
+                log.error("package_suspect")
+            await record_download(database, event)
     except (DatabaseUnavailable, TimeoutError) as error:
         log.error(
             "download_not_recorded", error=str(error), event_id=str(event.event_id), outcome=event.outcome
         )
+    except Exception:
+        # The answer is out: raised further, this would become a second one.
+        log.exception("download_not_recorded", event_id=str(event.event_id), outcome=event.outcome)
 
 
-def _log_end(delivery: Delivery, package: OpenPackage, plan: Plan) -> None:
+def _log_end(delivery: Delivery, event: DownloadEvent) -> None:
     fields = {
-        "package_size_bytes": package.size_bytes,
-        "bytes_requested": plan.body_length,
+        "package_size_bytes": event.package_size_bytes,
+        "bytes_requested": sum(stop - start for start, stop in event.requested),
         "bytes_sent": delivery.bytes_sent,
         "duration_seconds": round(delivery.duration_seconds, 6),
         "bytes_per_second": round(delivery.bytes_sent / max(delivery.duration_seconds, 1e-6)),

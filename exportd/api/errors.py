@@ -68,6 +68,12 @@ class FileNotFound(ApiError):
     status, code = HTTPStatus.NOT_FOUND, "FILE_NOT_FOUND"
 
 
+class PreconditionFailed(ApiError):
+    """A precondition of the request does not hold"""
+
+    status, code = HTTPStatus.PRECONDITION_FAILED, "PRECONDITION_FAILED"
+
+
 class RangeNotSatisfiable(ApiError):
     """No byte of the range lies within the package"""
 

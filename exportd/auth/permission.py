@@ -18,6 +18,7 @@ class Decision(enum.Enum):
     UNAUTHORIZED = enum.auto()
     NOT_READY = enum.auto()
     EXPIRED = enum.auto()
+    SUSPECT = enum.auto()
 
 
 def may_see(principal: Principal, creator: str) -> bool:
@@ -36,4 +37,6 @@ def decide_download(principal: Principal, job: Job, now: datetime) -> Decision:
         return Decision.EXPIRED
     if job.package_expires_at is not None and now >= job.package_expires_at:
         return Decision.EXPIRED
+    if job.is_suspect:
+        return Decision.SUSPECT
     return Decision.ALLOWED

@@ -20,6 +20,7 @@ SELECT job_id,
        package_size_bytes::bigint,
        package_sha256::text,
        package_expires_at::timestamptz,
+       package_suspect_since IS NOT NULL,
        now()
   FROM export_jobs
  WHERE job_id = %s
@@ -57,6 +58,14 @@ LIMIT 1
 """
 
 
+_MARK_SUSPECT = """
+UPDATE export_jobs
+   SET package_suspect_since = now()
+ WHERE job_id = %s
+   AND package_suspect_since IS NULL
+"""
+
+
 async def find_job(database: Database, job_id: UUID) -> Job | None:
     """The job of that id, or None. Raises DatabaseUnavailable."""
     row = await database.fetch_one(_FIND_JOB, (job_id,))
@@ -70,6 +79,11 @@ async def find_statistics(database: Database, job_id: UUID) -> JobStatistics | N
     """
     row = await database.fetch_one(_FIND_STATISTICS, (job_id,))
     return None if row is None else JobStatistics(*row)
+
+
+async def mark_suspect(database: Database, job_id: UUID) -> None:
+    """Notes that the job's package changed after completion. Idempotent. Raises DatabaseUnavailable."""
+    await database.fetch_all(_MARK_SUSPECT, (job_id,))
 
 
 async def record_completed_job(

@@ -7,7 +7,7 @@ from uuid import UUID
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A row of export_jobs, as a download needs it.
+    """A row of export_jobs, as a download needs it. ``is_suspect``: the file changed after completion.
 
     ``read_at`` is the database's clock at the time of reading: expiry is judged by it, so that nodes whose
     clocks differ agree.
@@ -22,6 +22,7 @@ class Job:
     package_size_bytes: int | None
     package_sha256: str | None
     package_expires_at: datetime | None
+    is_suspect: bool
     read_at: datetime
 
 

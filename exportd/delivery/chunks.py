@@ -7,7 +7,8 @@ import os
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.web import StreamResponse
 
-from exportd.delivery.outcome import DeliveryAborted, PackageDamaged, Progress
+from exportd.delivery.outcome import DeliveryAborted, PackageUnreadable, Progress
+from exportd.packages.store import OpenPackage, PackageChanged
 
 _NO_WAIT = getattr(os, "RWF_NOWAIT", 0)
 
@@ -16,25 +17,26 @@ async def send_by_chunks(
     response: StreamResponse,
     writer: AbstractStreamWriter,
     transport: asyncio.Transport,
-    descriptor: int,
+    package: OpenPackage,
     start: int,
     length: int,
     *,
     chunk_size: int,
     progress: Progress,
 ) -> None:
-    """Sends ``length`` bytes of an open file from ``start`` on, a few chunks ahead of the client at most.
+    """Sends ``length`` bytes of an open package from ``start`` on, a few chunks ahead of the client at most.
 
     When it returns, every byte has been handed to the kernel. Raises DeliveryAborted when the client is
-    gone, PackageDamaged when the file is shorter than that or cannot be read.
+    gone, PackageChanged before a chunk of a package that was written to, PackageUnreadable when it cannot be
+    read.
     """
     offset, stop = start, start + length
     written = progress.bytes_sent
     try:
         while offset < stop:
-            chunk = await _read(descriptor, offset, min(chunk_size, stop - offset))
+            chunk = await _read(package, offset, min(chunk_size, stop - offset))
             if not chunk:
-                raise PackageDamaged(f"the file ends at byte {offset}")
+                raise PackageChanged(f"the file ends at byte {offset}")
             await response.write(chunk)
             await writer.drain()
             offset += len(chunk)
@@ -52,20 +54,31 @@ async def send_by_chunks(
         transport.set_write_buffer_limits()
 
 
-async def _read(descriptor: int, offset: int, size: int) -> bytes:
+async def _read(package: OpenPackage, offset: int, size: int) -> bytes:
     """Reads without ever blocking the loop: from memory if the pages are there, else in a thread."""
     try:
-        if _NO_WAIT:
-            buffer = bytearray(size)
-            try:
-                count = os.preadv(descriptor, [buffer], offset, _NO_WAIT)
-            except BlockingIOError:
-                pass
-            except OSError as error:
-                if error.errno != errno.EOPNOTSUPP:
-                    raise
-            else:
-                return bytes(memoryview(buffer)[:count])
-        return await asyncio.get_running_loop().run_in_executor(None, os.pread, descriptor, size, offset)
+        data = _read_from_memory(package.descriptor, offset, size)
+        if data is None:
+            loop = asyncio.get_running_loop()
+            data = await loop.run_in_executor(None, os.pread, package.descriptor, size, offset)
+        # After the read: what was read before the file was written to is what was promised.
+        package.check_unchanged()
     except OSError as error:
-        raise PackageDamaged(error.strerror or str(error)) from error
+        raise PackageUnreadable(error.strerror or str(error)) from error
+    return data
+
+
+def _read_from_memory(descriptor: int, offset: int, size: int) -> bytes | None:
+    """None where the kernel cannot read at once, or cannot tell."""
+    if not _NO_WAIT:
+        return None
+    buffer = bytearray(size)
+    try:
+        count = os.preadv(descriptor, [buffer], offset, _NO_WAIT)
+    except BlockingIOError:
+        return None
+    except OSError as error:
+        if error.errno == errno.EOPNOTSUPP:
+            return None
+        raise
+    return bytes(memoryview(buffer)[:count])

@@ -7,13 +7,13 @@ class DeliveryAborted(Exception):
     """The client went away before the last byte. The message says how."""
 
 
-class PackageDamaged(Exception):
-    """The open package cannot be read as far as was promised. The message says where."""
+class PackageUnreadable(Exception):
+    """The system refused to read the open package. The message says why."""
 
 
 @dataclass(slots=True)
 class Progress:
-    """How far a delivery is. ``bytes_sent`` counts body bytes that were handed to the kernel."""
+    """How far a delivery is. ``bytes_sent`` counts the package's bytes that were handed to the kernel."""
 
     bytes_sent: int = 0
 
@@ -22,8 +22,9 @@ class Progress:
 class Delivery:
     """One response body, ended.
 
-    ``outcome`` is ``completed``, ``aborted`` (by the client, or at shutdown) or ``failed`` (the package could
-    not be read); ``reason`` says more where it is not completed. ``method``: ``sendfile`` or ``chunks``.
+    ``outcome`` is ``completed``, ``aborted`` (by the client, or at shutdown), ``failed`` (the package could
+    not be read) or ``changed`` (it was written to meanwhile); ``reason`` says more where it is not completed.
+    ``method``: ``sendfile`` or ``chunks``.
     """
 
     outcome: str

@@ -13,8 +13,11 @@ from aiohttp.abc import AbstractStreamWriter
 from aiohttp.web import Request, StreamResponse
 
 from exportd.delivery.chunks import send_by_chunks
-from exportd.delivery.outcome import Delivery, DeliveryAborted, PackageDamaged, Progress
+from exportd.delivery.outcome import Delivery, DeliveryAborted, PackageUnreadable, Progress
 from exportd.delivery.sendfile import SendfileUnsupported, send_by_sendfile
+from exportd.http.body import Segment
+from exportd.http.ranges import ByteRange
+from exportd.packages.store import OpenPackage, PackageChanged
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,89 +32,132 @@ class DeliveryOptions:
 async def deliver(
     request: Request,
     response: StreamResponse,
-    descriptor: int,
-    parts: Sequence[tuple[int, int]],
+    package: OpenPackage,
+    segments: Sequence[Segment],
     options: DeliveryOptions,
 ) -> Delivery:
-    """Sends ``response``'s headers and, as its body, the ``parts`` (start, length) of an open file.
+    """Sends ``response``'s headers and, as its body, ``segments``: ranges of the package, and literal bytes.
 
     Never raises for what a client or a disk does; the connection is aborted unless every byte went out.
     Cancellation (at shutdown) is an outcome too, and the caller's to raise again once it is recorded.
     """
     started = time.monotonic()
-    progress = Progress()
-    transport = request.transport
-    is_kernel = options.sendfile and transport is not None and transport.get_extra_info("sslcontext") is None
+    sending = _Sending(request, response, package, options)
     outcome, reason = "completed", None
     try:
-        if transport is None:
-            raise DeliveryAborted("client disconnected")
-        is_kernel = await _send(request, response, transport, descriptor, parts, options, progress, is_kernel)
+        await sending.send(segments)
     except DeliveryAborted as error:
         outcome, reason = "aborted", str(error)
-    except PackageDamaged as error:
+    except PackageUnreadable as error:
         outcome, reason = "failed", str(error)
+    except PackageChanged as error:
+        outcome, reason = "changed", str(error)
     except asyncio.CancelledError:
         outcome, reason = "aborted", "shutdown"
+    except BaseException:
+        # A defect: no error page may follow headers that are out already.
+        sending.abort()
+        raise
     if outcome != "completed":
-        response.force_close()
-        if transport is not None:
-            transport.abort()
+        sending.abort()
     return Delivery(
         outcome,
         reason,
-        "sendfile" if is_kernel else "chunks",
-        progress.bytes_sent,
+        "sendfile" if sending.by_kernel else "chunks",
+        sending.progress.bytes_sent,
         time.monotonic() - started,
     )
 
 
-async def _send(
-    request: Request,
-    response: StreamResponse,
-    transport: asyncio.Transport,
-    descriptor: int,
-    parts: Sequence[tuple[int, int]],
-    options: DeliveryOptions,
-    progress: Progress,
-    is_kernel: bool,
-) -> bool:
-    """Returns whether the kernel sent it all. Raises DeliveryAborted and PackageDamaged."""
-    try:
-        if is_kernel:
-            # Header bytes go straight to the socket, not into the transport's buffer (uvloop queues them).
+class _Sending:
+    """One response body on its way."""
+
+    def __init__(
+        self, request: Request, response: StreamResponse, package: OpenPackage, options: DeliveryOptions
+    ) -> None:
+        self.progress = Progress()
+        self._request = request
+        self._response = response
+        self._package = package
+        self._options = options
+        self._transport = request.transport
+        self.by_kernel = (
+            options.sendfile
+            and self._transport is not None
+            and self._transport.get_extra_info("sslcontext") is None
+        )
+
+    async def send(self, segments: Sequence[Segment]) -> None:
+        """Raises DeliveryAborted, PackageUnreadable and PackageChanged."""
+        transport = self._transport
+        if transport is None:
+            raise DeliveryAborted("client disconnected")
+        try:
+            writer = await self._send_headers(transport)
+            for segment in segments:
+                if isinstance(segment, ByteRange):
+                    await self._send_range(transport, writer, segment)
+                else:
+                    await self._response.write(segment)
+                    await self._flush(transport, writer)
+        except ConnectionError as error:
+            raise DeliveryAborted(str(error) or "client disconnected") from error
+        try:
+            # The last bytes may still wait in the socket, which holds the file's own pages.
+            self._package.check_unchanged()
+        except OSError as error:
+            raise PackageUnreadable(error.strerror or str(error)) from error
+
+    def abort(self) -> None:
+        """Closes the connection at once, short of what the headers promised."""
+        self._response.force_close()
+        if self._transport is not None:
+            self._transport.abort()
+
+    async def _send_headers(self, transport: asyncio.Transport) -> AbstractStreamWriter:
+        if self.by_kernel:
+            # With a limit of zero the bytes go to the socket at once; uvloop would queue them.
             transport.set_write_buffer_limits(high=0)
-        writer = await response.prepare(request)
+        writer = await self._response.prepare(self._request)
         assert writer is not None
-        if is_kernel:
-            await _flush(writer, transport)
-    except ConnectionError as error:
-        raise DeliveryAborted(str(error) or "client disconnected") from error
-    for start, length in parts:
-        sent_before = progress.bytes_sent
-        if is_kernel and length:
+        await self._flush(transport, writer)
+        return writer
+
+    async def _send_range(
+        self, transport: asyncio.Transport, writer: AbstractStreamWriter, part: ByteRange
+    ) -> None:
+        if not part.length:
+            return
+        sent_before = self.progress.bytes_sent
+        if self.by_kernel:
             try:
                 await send_by_sendfile(
-                    transport, descriptor, start, length, slice_bytes=options.slice_bytes, progress=progress
+                    transport,
+                    self._package,
+                    part.start,
+                    part.length,
+                    slice_bytes=self._options.slice_bytes,
+                    progress=self.progress,
                 )
-                continue
             except SendfileUnsupported:
-                is_kernel = False
-        sent = progress.bytes_sent - sent_before
+                self.by_kernel = False
+            else:
+                return
+        sent = self.progress.bytes_sent - sent_before
         await send_by_chunks(
-            response,
+            self._response,
             writer,
             transport,
-            descriptor,
-            start + sent,
-            length - sent,
-            chunk_size=options.chunk_size,
-            progress=progress,
+            self._package,
+            part.start + sent,
+            part.length - sent,
+            chunk_size=self._options.chunk_size,
+            progress=self.progress,
         )
-    return is_kernel
 
-
-async def _flush(writer: AbstractStreamWriter, transport: asyncio.Transport) -> None:
-    await writer.drain()
-    if transport.is_closing() or transport.get_write_buffer_size():
-        raise DeliveryAborted("client disconnected")
+    async def _flush(self, transport: asyncio.Transport, writer: AbstractStreamWriter) -> None:
+        """Before the kernel sends, nothing may be left that the transport would send later."""
+        if self.by_kernel:
+            await writer.drain()
+            if transport.is_closing() or transport.get_write_buffer_size():
+                raise DeliveryAborted("client disconnected")

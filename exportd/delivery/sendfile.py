@@ -8,7 +8,8 @@ import asyncio
 import errno
 import os
 
-from exportd.delivery.outcome import DeliveryAborted, PackageDamaged, Progress
+from exportd.delivery.outcome import DeliveryAborted, PackageUnreadable, Progress
+from exportd.packages.store import OpenPackage, PackageChanged
 
 # What a socket says when the other side has gone; ConnectionError covers the rest.
 _PEER_GONE = {errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN, errno.ENOTCONN}
@@ -16,40 +17,45 @@ _UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 class SendfileUnsupported(Exception):
-    """The kernel cannot sendfile this file; nothing of the refused slice was sent."""
+    """Sendfile cannot go on here; nothing of the refused slice was sent."""
 
 
 async def send_by_sendfile(
     transport: asyncio.Transport,
-    descriptor: int,
+    package: OpenPackage,
     start: int,
     length: int,
     *,
     slice_bytes: int,
     progress: Progress,
 ) -> None:
-    """Sends ``length`` bytes of an open file from ``start`` on, in slices with a turn of the loop between.
+    """Sends ``length`` bytes of an open package from ``start`` on, in slices with a turn of the loop between.
 
     ``progress`` moves with every byte the kernel took, so after SendfileUnsupported the caller can go on
-    from there. Raises DeliveryAborted when the client is gone, PackageDamaged when the file is shorter than
-    that or cannot be read.
+    from there. Raises DeliveryAborted when the client is gone, PackageChanged before a slice of a package
+    that was written to, PackageUnreadable when it cannot be read.
     """
     loop = asyncio.get_running_loop()
     offset, stop = start, start + length
-    connection = os.dup(transport.get_extra_info("socket").fileno())
+    try:
+        connection = os.dup(transport.get_extra_info("socket").fileno())
+    except OSError as error:
+        # No descriptor left, perhaps; chunks need none.
+        raise SendfileUnsupported(error.strerror) from error
     try:
         while True:
             if transport.is_closing():
                 raise DeliveryAborted("client disconnected")
             try:
-                sent = os.sendfile(connection, descriptor, offset, min(slice_bytes, stop - offset))
+                package.check_unchanged()
+                sent = os.sendfile(connection, package.descriptor, offset, min(slice_bytes, stop - offset))
             except BlockingIOError:
                 await _wait_until_writable(loop, connection)
                 continue
             except OSError as error:
                 raise _translate(error) from error
             if sent == 0:
-                raise PackageDamaged(f"the file ends at byte {offset}")
+                raise PackageChanged(f"the file ends at byte {offset}")
             offset += sent
             progress.bytes_sent += sent
             if offset == stop:
@@ -78,4 +84,4 @@ def _translate(error: OSError) -> Exception:
         return DeliveryAborted(error.strerror or "client disconnected")
     if error.errno in _UNSUPPORTED:
         return SendfileUnsupported(error.strerror)
-    return PackageDamaged(error.strerror or str(error))
+    return PackageUnreadable(error.strerror or str(error))

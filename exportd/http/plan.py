@@ -1,39 +1,83 @@
-"""What to answer to a request for a package: a pure function of the request's headers and the package.
+"""What to answer to a request for a package: a pure function of the request's fields and the package.
 
-The order is RFC 9110's, section 13.2.2.
+The order is RFC 9110's, section 13.2.2: If-Match or If-Unmodified-Since, If-None-Match or
+If-Modified-Since, then Range, if If-Range lets it.
 """
 
 from dataclasses import dataclass
+from datetime import datetime
 
+from exportd.http.conditions import (
+    check_if_match,
+    check_if_modified_since,
+    check_if_none_match,
+    check_if_range,
+    check_if_unmodified_since,
+)
 from exportd.http.ranges import ByteRange, parse_range
 
 
 @dataclass(frozen=True, slots=True)
+class Representation:
+    """What is known of the package. ``etag`` is quoted; ``last_modified`` in whole seconds, UTC."""
+
+    size: int
+    etag: str
+    last_modified: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class RequestFields:
+    """The fields that decide; None: absent. Several fields of a name are joined with a comma (section 5.3),
+    which makes two Range fields, or two dates, as invalid as they are."""
+
+    range: str | None = None
+    if_range: str | None = None
+    if_match: str | None = None
+    if_none_match: str | None = None
+    if_modified_since: str | None = None
+    if_unmodified_since: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
-    """The status, the parts of the package that make up the body, and the headers that follow from them."""
+    """The status (200, 206, 304, 412 or 416) and the parts of the package that make up the body."""
 
     status: int
-    parts: tuple[ByteRange, ...]
-    headers: dict[str, str]
+    parts: tuple[ByteRange, ...] = ()
 
     @property
     def body_length(self) -> int:
+        """Bytes of the package in the body; what frames them is not counted."""
         return sum(part.length for part in self.parts)
 
 
-def plan_response(method: str, range_fields: list[str], size: int) -> Plan:
-    """Plans the answer to ``method`` on a package of ``size`` bytes.
+def plan_response(method: str, fields: RequestFields, package: Representation, max_ranges: int) -> Plan:
+    """Plans the answer to a GET or HEAD."""
+    if failed := _failed_precondition(fields, package):
+        return Plan(failed)
+    whole = Plan(200, (ByteRange(0, package.size),))
+    # Range is defined for GET only (section 14.2); an empty package has no byte to range over.
+    if method != "GET" or fields.range is None or not package.size:
+        return whole
+    if check_if_range(fields.if_range, package.etag, package.last_modified) is False:
+        return whole
+    ranges = parse_range(fields.range, package.size, max_ranges)
+    if ranges is None:
+        return whole
+    return Plan(206, tuple(ranges)) if ranges else Plan(416)
 
-    ``range_fields`` holds the values of every Range field of the request: two are as invalid as a broken one.
-    """
-    whole = Plan(200, (ByteRange(0, size),), {"Content-Length": str(size)})
-    # Range is defined for GET only; an empty package has no byte to range over.
-    if method != "GET" or len(range_fields) != 1 or size == 0:
-        return whole
-    ranges = parse_range(range_fields[0], size)
-    if ranges is None or len(ranges) > 1:
-        return whole
-    if not ranges:
-        return Plan(416, (), {"Content-Range": f"bytes */{size}"})
-    part = ranges[0]
-    return Plan(206, (part,), {"Content-Length": str(part.length), "Content-Range": part.content_range(size)})
+
+def _failed_precondition(fields: RequestFields, package: Representation) -> int | None:
+    """412, 304, or None where nothing stands against the answer."""
+    matches = check_if_match(fields.if_match, package.etag)
+    if matches is None:
+        matches = check_if_unmodified_since(fields.if_unmodified_since, package.last_modified)
+    if matches is False:
+        return 412
+    differs = check_if_none_match(fields.if_none_match, package.etag)
+    if differs is None:
+        differs = check_if_modified_since(fields.if_modified_since, package.last_modified)
+    if differs is False:
+        return 304
+    return None

@@ -30,24 +30,26 @@ class ByteRange:
         return f"bytes {self.start}-{self.stop - 1}/{size}"
 
 
-def parse_range(value: str, size: int) -> list[ByteRange] | None:
+def parse_range(value: str, size: int, max_ranges: int) -> list[ByteRange] | None:
     """What a Range header asks of a representation of ``size`` bytes.
 
-    None: the header is invalid or of another unit, and to be ignored (section 14.2). An empty list: valid,
-    but no part of it can be satisfied, which is 416. Otherwise the satisfiable ranges in the order asked.
+    None: send the whole. The header is invalid or of another unit, or it asks for more than ``max_ranges``
+    ranges or for more bytes than there are (section 14.2 lets a server ignore what costs too much).
+    An empty list: valid, but no part of it can be satisfied, which is 416. Otherwise the ranges to send, in
+    the order asked, those that overlap or touch made one.
     """
     specifier = _RANGES_SPECIFIER.fullmatch(value)
     if specifier is None:
         return None
     ranges: list[ByteRange] = []
-    is_empty = True
+    asked = 0
     for element in specifier[1].split(","):
-        spec_text = element.strip(" \t")
-        if not spec_text:
+        text = element.strip(" \t")
+        if not text:
             continue
-        is_empty = False
-        spec = _RANGE_SPEC.fullmatch(spec_text)
-        if spec is None:
+        asked += 1
+        spec = _RANGE_SPEC.fullmatch(text)
+        if spec is None or asked > max_ranges:
             return None
         if spec[3] is not None:
             start, stop = max(0, size - _position(spec[3])), size
@@ -59,7 +61,24 @@ def parse_range(value: str, size: int) -> list[ByteRange] | None:
             stop = min(last + 1, size)
         if start < stop:
             ranges.append(ByteRange(start, stop - start))
-    return None if is_empty else ranges
+    if not asked or sum(part.length for part in ranges) > size:
+        return None
+    return _coalesce(ranges)
+
+
+def _coalesce(ranges: list[ByteRange]) -> list[ByteRange]:
+    """Makes ranges that overlap or touch one, at the place of the one that was asked for first."""
+    if len(ranges) < 2:
+        return ranges
+    merged: list[tuple[int, ByteRange]] = []
+    for place, part in sorted(enumerate(ranges), key=lambda item: item[1].start):
+        if merged and part.start <= merged[-1][1].stop:
+            first, before = merged[-1]
+            stop = max(before.stop, part.stop)
+            merged[-1] = min(first, place), ByteRange(before.start, stop - before.start)
+        else:
+            merged.append((place, part))
+    return [part for _, part in sorted(merged, key=lambda item: item[0])]
 
 
 def _position(digits: str) -> int:

@@ -2,8 +2,11 @@
 
 import base64
 import hashlib
+import re
 from datetime import UTC, datetime
 from email.utils import format_datetime
+
+_SHA_256_WEIGHT = re.compile(r"sha-256=([0-9]{1,2})(?:;.*)?", re.ASCII)
 
 
 def entity_tag(sha256_hex: str) -> str:
@@ -17,11 +20,29 @@ def identity_tag(device: int, inode: int, size_bytes: int, modified_ns: int) -> 
     return f'"file-{hashlib.sha256(identity).hexdigest()[:32]}"'
 
 
-def last_modified(moment: datetime) -> str:
-    """The value of Last-Modified: an HTTP date, rounded down to the second."""
-    return format_datetime(moment.astimezone(UTC).replace(microsecond=0), usegmt=True)
+def whole_seconds(moment: datetime) -> datetime:
+    """A moment as Last-Modified can say it: in UTC, rounded down to the second."""
+    return moment.astimezone(UTC).replace(microsecond=0)
+
+
+def http_date(moment: datetime) -> str:
+    """An HTTP date (section 5.6.7)."""
+    return format_datetime(whole_seconds(moment), usegmt=True)
 
 
 def repr_digest(sha256_hex: str) -> str:
     """The value of Repr-Digest (RFC 9530): the digest of the whole package, on a 206 too."""
     return f"sha-256=:{base64.b64encode(bytes.fromhex(sha256_hex)).decode()}:"
+
+
+def wants_digest(field: str | None) -> bool:
+    """Whether Want-Repr-Digest (RFC 9530, section 4) leaves room for SHA-256: a weight of 0 refuses it.
+
+    The field is a dictionary of algorithms and weights (RFC 8941); in one that does not parse, nothing is
+    refused.
+    """
+    if field is None:
+        return True
+    weights = [_SHA_256_WEIGHT.fullmatch(member.strip(" \t")) for member in field.split(",")]
+    given = [weight[1] for weight in weights if weight]
+    return not given or int(given[-1]) > 0

@@ -24,6 +24,10 @@ class PackageUnusable(Exception):
     """The package is there, or should be, and cannot be served. The message says why, for the log."""
 
 
+class PackageChanged(Exception):
+    """The open package is not what it was when it was opened: what was sent of it may be of two versions."""
+
+
 @dataclass(frozen=True, slots=True)
 class OpenPackage:
     """A package that is open for reading. Whoever opened it closes it, best with a ``with`` block."""
@@ -39,6 +43,18 @@ class OpenPackage:
 
     def __exit__(self, *_: object) -> None:
         os.close(self.descriptor)
+
+    def check_unchanged(self) -> None:
+        """Raises PackageChanged if the file was written to since it was opened; OSError if nobody can say.
+
+        The time of the last write tells, and not that of the last change: a cleanup may unlink the file
+        meanwhile, which is none of the download's business.
+        """
+        status = os.fstat(self.descriptor)
+        if status.st_size != self.size_bytes:
+            raise PackageChanged(f"the file has {status.st_size} bytes, and had {self.size_bytes}")
+        if status.st_mtime_ns != self.modified_ns:
+            raise PackageChanged("the file was written to")
 
 
 class PackageStore:

@@ -22,6 +22,7 @@ def job(**changes: object) -> Job:
         "package_size_bytes": 1,
         "package_sha256": None,
         "package_expires_at": NOW + timedelta(days=1),
+        "is_suspect": False,
         "read_at": NOW,
     }
     return Job(**{**values, **changes})  # type: ignore[arg-type]
@@ -42,6 +43,9 @@ def job(**changes: object) -> Job:
         (CREATOR, {"status": "pending", "package_path": None}, Decision.NOT_READY),
         (CREATOR, {"status": "failed"}, Decision.NOT_READY),
         (CREATOR, {"status": "COMPLETED"}, Decision.NOT_READY),
+        (CREATOR, {"is_suspect": True}, Decision.SUSPECT),
+        (CREATOR, {"is_suspect": True, "package_expires_at": NOW}, Decision.EXPIRED),
+        (STRANGER, {"is_suspect": True}, Decision.UNAUTHORIZED),
         # Permission comes first: a stranger learns nothing of readiness or expiry.
         (STRANGER, {"status": "pending"}, Decision.UNAUTHORIZED),
         (STRANGER, {"package_expires_at": NOW}, Decision.UNAUTHORIZED),

@@ -19,7 +19,8 @@ from exportd.db.migrate import (
 from tests.support.postgres import database_dsn, query
 
 REPOSITORY = Path(__file__).parent.parent.parent
-FIRST, SECOND = "0001.export-jobs", "0002.download-tracking"
+FIRST, SECOND, THIRD = "0001.export-jobs", "0002.download-tracking", "0003.suspect-packages"
+ALL = [FIRST, SECOND, THIRD]
 JOB = "11111111-2222-3333-4444-555555555555"
 
 
@@ -64,15 +65,17 @@ def test_status_tells_what_is_applied(empty_dsn: str) -> None:
     def status() -> list[tuple[str, bool]]:
         return [(item.name, item.is_applied) for item in migration_status(empty_dsn)]
 
-    assert status() == [(FIRST, False), (SECOND, False)]
-    assert migrate_up(empty_dsn) == [FIRST, SECOND]
-    assert status() == [(FIRST, True), (SECOND, True)]
+    assert status() == [(name, False) for name in ALL]
+    assert migrate_up(empty_dsn) == ALL
+    assert status() == [(name, True) for name in ALL]
     assert migrate_up(empty_dsn) == []
-    assert migrate_down(empty_dsn) == SECOND
-    assert status() == [(FIRST, True), (SECOND, False)]
+    assert migrate_down(empty_dsn) == THIRD
+    assert status() == [(FIRST, True), (SECOND, True), (THIRD, False)]
 
 
 def test_down_on_an_empty_schema_leaves_nothing(dsn: str) -> None:
+    assert migrate_down(dsn) == THIRD
+    assert "package_suspect_since" not in columns(dsn)
     assert migrate_down(dsn) == SECOND
     assert tables(dsn) == {"export_jobs"}
     assert "download_count" not in columns(dsn)
@@ -89,9 +92,9 @@ def test_down_and_up_again_keeps_every_job(dsn: str) -> None:
         " VALUES (%s, 'ann', 'completed', 'a.tar.gz', 7)",
         (JOB,),
     )
-    assert [migrate_down(dsn), migrate_down(dsn)] == [SECOND, FIRST]
+    assert [migrate_down(dsn) for _ in ALL] == [THIRD, SECOND, FIRST]
     assert query(dsn, "SELECT user_id, package_path FROM export_jobs") == [("ann", "a.tar.gz")]
-    assert migrate_up(dsn) == [FIRST, SECOND]
+    assert migrate_up(dsn) == ALL
     assert dump(dsn) == before
     assert query(dsn, "SELECT user_id, package_path, download_count FROM export_jobs") == [
         ("ann", "a.tar.gz", 0)
@@ -129,11 +132,11 @@ def test_an_applications_own_table_is_completed_and_kept(empty_dsn: str) -> None
     # A package that was there before has no expiry until somebody gives it one.
     assert query(empty_dsn, "SELECT package_expires_at FROM export_jobs") == [(None,)]
 
-    migrate_down(empty_dsn)
-    migrate_down(empty_dsn)
+    for _ in ALL:
+        migrate_down(empty_dsn)
     assert dump(empty_dsn) == before
     assert query(empty_dsn, "SELECT user_id, download_count, colour FROM export_jobs") == [(42, 3, "blue")]
-    assert migrate_up(empty_dsn) == [FIRST, SECOND]
+    assert migrate_up(empty_dsn) == ALL
 
 
 @pytest.mark.parametrize(
@@ -178,13 +181,13 @@ def test_processes_that_migrate_together_do_it_once(empty_dsn: str) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(applied) == [[], [], [], [FIRST, SECOND]]
+    assert sorted(applied) == [[], [], [], ALL]
 
 
 def test_a_migration_that_died_before_it_was_marked_runs_again(dsn: str) -> None:
     query(dsn, "DELETE FROM exportd_migrations")
     before = dump(dsn)
-    assert migrate_up(dsn) == [FIRST, SECOND]
+    assert migrate_up(dsn) == ALL
     assert dump(dsn) == before
 
 

@@ -15,6 +15,7 @@ from aiohttp.test_utils import TestClient
 
 from exportd.api.middleware import LIFECYCLE
 from exportd.delivery import chunks, sendfile
+from exportd.packages.store import OpenPackage
 from tests.support.application import ANN, Jobs, Package, Start, noise
 from tests.support.postgres import query
 
@@ -127,7 +128,25 @@ async def _exactly(connection: socket.socket, package: Package) -> bytes:
     return bytes(received)
 
 
-async def test_a_file_that_shrinks_ends_the_connection_short(client: Client, jobs: Jobs) -> None:
+def truncate(file: Path) -> None:
+    os.truncate(file, SIZE - 1000)
+
+
+def append(file: Path) -> None:
+    with file.open("ab") as opened:
+        opened.write(b"more")
+
+
+def overwrite_the_end(file: Path) -> None:
+    with file.open("r+b") as opened:
+        opened.seek(SIZE - 1000)
+        opened.write(bytes(1000))
+
+
+@pytest.mark.parametrize("spoil", [truncate, append, overwrite_the_end])
+async def test_a_file_that_is_written_to_ends_the_connection_short(
+    client: Client, jobs: Jobs, spoil: Callable[[Path], None]
+) -> None:
     package = jobs.add(noise(SIZE))
     connection = await connect(client)
     loop = asyncio.get_running_loop()
@@ -135,17 +154,42 @@ async def test_a_file_that_shrinks_ends_the_connection_short(client: Client, job
         # A second request, already in the pipe, must not be answered inside the first body.
         await loop.sock_sendall(connection, request_bytes(package) + request_bytes(package))
         await until("the first bytes", lambda: descriptors_on(package.file) == 1)
-        os.truncate(package.file, SIZE - 1000)
+        spoil(package.file)
         received = await asyncio.wait_for(read_to_end(connection), 30)
         await until_idle(client)
     connection.close()
     assert len(body_of(received)) < SIZE
     assert package.content.startswith(body_of(received))
-    assert outcomes(jobs) == [("failed", False)]
+    assert outcomes(jobs) == [("changed", False)], logs
     assert jobs.counts(package)[0] == 0
     (ended,) = [entry for entry in logs if entry["event"] == "download_failed"]
     assert ended["log_level"] == "error"
-    assert "the file ends at byte" in ended["reason"]
+    assert [entry["log_level"] for entry in logs if entry["event"] == "package_suspect"] == ["error"]
+
+    # Whatever the file holds now, nobody gets it until somebody has looked at it.
+    package.file.write_bytes(package.content)
+    async with client.get(package.url, headers=ANN) as response:
+        assert (response.status, (await response.json())["code"]) == (500, "STORAGE_ERROR")
+    query(jobs.dsn, "UPDATE export_jobs SET package_suspect_since = NULL")
+    async with client.get(package.url, headers=ANN) as response:
+        assert await response.read() == package.content
+
+
+async def test_a_file_that_is_unlinked_renamed_or_locked_up_is_still_the_package(
+    client: Client, jobs: Jobs
+) -> None:
+    package = jobs.add(noise(SIZE))
+    connection = await connect(client)
+    loop = asyncio.get_running_loop()
+    await loop.sock_sendall(connection, request_bytes(package))
+    await until("the first bytes", lambda: descriptors_on(package.file) == 1)
+    package.file.chmod(0)
+    package.file.rename(package.file.with_suffix(".old"))
+    package.file.with_suffix(".old").unlink()
+    assert body_of(await asyncio.wait_for(_exactly(connection, package), 30)) == package.content
+    connection.close()
+    await until_idle(client)
+    assert jobs.counts(package) == (1, SIZE)
 
 
 async def test_a_disk_that_fails_ends_the_connection_short(
@@ -200,6 +244,54 @@ async def test_a_kernel_that_refuses_sendfile_loses_and_doubles_no_byte(
         await until_idle(client)
     assert jobs.counts(package) == (1, len(package.content))
     assert [entry["method"] for entry in logs if entry["event"] == "download_completed"] == ["chunks"]
+
+
+async def test_no_descriptor_left_for_sendfile_means_chunks(
+    start: Start, jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = await start(download={"sendfile": True})
+    package = jobs.add(noise(500_000))
+
+    def refusing(_: int) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(sendfile.os, "dup", refusing)
+    async with client.get(package.url, headers=ANN) as response:
+        assert await response.read() == package.content
+
+
+async def test_a_defect_while_sending_closes_the_connection_and_sends_no_second_answer(
+    client: Client, jobs: Jobs, sender: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = jobs.add(noise(500_000))
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(OpenPackage, "check_unchanged", broken)
+    connection = await connect(client)
+    with structlog.testing.capture_logs() as logs:
+        await asyncio.get_running_loop().sock_sendall(connection, request_bytes(package) * 2)
+        received = await asyncio.wait_for(read_to_end(connection), 30)
+        await until_idle(client)
+    connection.close()
+    assert received.count(b"HTTP/1.1") == 1
+    assert [entry["event"] for entry in logs if entry["log_level"] == "error"] == ["request_failed"]
+
+
+async def test_a_record_that_fails_sends_no_second_answer(client: Client, jobs: Jobs) -> None:
+    package = jobs.add(noise(5000))
+    query(jobs.dsn, "DROP TABLE download_events")
+    with structlog.testing.capture_logs() as logs:
+        for _ in range(3):
+            async with client.get(package.url, headers=ANN) as response:
+                assert response.status == 200
+                assert await response.read() == package.content
+        async with client.get("/healthz") as response:
+            assert await response.json() == {"status": "ok"}
+    assert [entry["event"] for entry in logs if entry["log_level"] == "error"] == [
+        "download_not_recorded"
+    ] * 3
 
 
 @pytest.mark.parametrize("mode", ["not in memory", "not supported", "no such flag"])

@@ -107,12 +107,12 @@ class Exportd:
         published: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         return published
 
-    def serve(self, *options: object, **environ: str) -> Daemon:
-        """Starts a daemon; it is killed at the end of the test if it still runs."""
+    def serve(self, *options: object, under: tuple[object, ...] = (), **environ: str) -> Daemon:
+        """Starts a daemon, ``under`` another command if asked; it is killed at the end of the test."""
         output = self.folder / f"daemon-{len(self._daemons)}.log"
         with output.open("w") as stdout:
             process = subprocess.Popen(
-                [sys.executable, "-m", "exportd", "serve", *map(str, options)],
+                [*map(str, under), sys.executable, "-m", "exportd", "serve", *map(str, options)],
                 env={**self.environ, **environ},
                 cwd=self.folder,
                 stdout=stdout,

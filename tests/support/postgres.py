@@ -3,6 +3,7 @@
 import fcntl
 import uuid
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import psycopg2
@@ -29,13 +30,20 @@ def server_dsn(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Iter
 @pytest.fixture
 def empty_dsn(server_dsn: str) -> Iterator[str]:
     """An empty database."""
-    yield from _database(server_dsn, "template0")
+    with _database(server_dsn, "template0") as dsn:
+        yield dsn
 
 
 @pytest.fixture
 def dsn(server_dsn: str) -> Iterator[str]:
     """A migrated database."""
-    yield from _database(server_dsn, _TEMPLATE)
+    with migrated_database(server_dsn) as dsn:
+        yield dsn
+
+
+def migrated_database(server_dsn: str) -> AbstractContextManager[str]:
+    """A migrated database of its own, while the block lasts."""
+    return _database(server_dsn, _TEMPLATE)
 
 
 def _make_template(dsn: str) -> None:
@@ -53,6 +61,7 @@ def _make_template(dsn: str) -> None:
         cursor.execute(f"ALTER DATABASE {_TEMPLATE}_draft RENAME TO {_TEMPLATE}")
 
 
+@contextmanager
 def _database(server_dsn: str, template: str) -> Iterator[str]:
     name = f"test_{uuid.uuid4().hex}"
     with _admin(server_dsn) as cursor:
