@@ -10,7 +10,7 @@ import threading
 class CuttingProxy:
     """Passes on to ``port``, and resets each of the first ``cuts`` connections after some bytes.
 
-    How many is random, by ``seed``; ``largest`` is the most bytes that pass before a cut. Connections after the last cut are left alone.
+    How many is random, by ``seed``; ``largest`` is the most. Connections after the last cut are left alone.
     """
 
     def __init__(self, port: int, cuts: int, largest: int, seed: int = 0) -> None:
