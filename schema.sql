@@ -51,6 +51,7 @@ CREATE TABLE download_events (
     outcome text NOT NULL,
     http_status smallint NOT NULL,
     requested int8multirange NOT NULL,
+    received int8multirange NOT NULL,
     bytes_sent bigint NOT NULL,
     package_size_bytes bigint NOT NULL,
     request_id text NOT NULL

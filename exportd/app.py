@@ -6,12 +6,20 @@ import structlog
 from aiohttp import web
 
 from exportd.api.access import TOKENS
-from exportd.api.download import DATABASE, DELIVERY_OPTIONS, MAX_RANGES, STORE, download_package
+from exportd.api.download import (
+    DATABASE,
+    DELIVERY_OPTIONS,
+    LEDGER,
+    MAX_RANGES,
+    STORE,
+    download_package,
+)
 from exportd.api.health import healthz, readyz
 from exportd.api.lifecycle import Lifecycle
 from exportd.api.middleware import LIFECYCLE, edge, set_common_headers
 from exportd.api.statistics import download_statistics
 from exportd.auth.tokens import Tokens, load_or_make_secret
+from exportd.db.downloads import DownloadLedger
 from exportd.db.pool import Database, open_database
 from exportd.delivery.response import DeliveryOptions
 from exportd.packages.pack import remove_abandoned
@@ -36,9 +44,10 @@ def make_app(settings: Settings, dsn: str) -> web.Application:
 
     async def resources(app: web.Application) -> AsyncIterator[None]:
         _prepare_storage(settings)
-        app[DATABASE] = await connect(settings, dsn)
+        database = app[DATABASE] = await connect(settings, dsn)
+        app[LEDGER] = DownloadLedger(database)
         yield
-        await app[DATABASE].close()
+        await database.close()
 
     app.cleanup_ctx.append(resources)
     app.on_response_prepare.append(set_common_headers)

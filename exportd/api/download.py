@@ -25,7 +25,7 @@ from exportd.api.errors import (
 from exportd.api.middleware import REQUEST_ID
 from exportd.auth.permission import Decision, decide_download
 from exportd.auth.principal import Principal
-from exportd.db.downloads import record_download
+from exportd.db.downloads import DownloadLedger
 from exportd.db.jobs import find_job, mark_suspect
 from exportd.db.pool import Database, DatabaseUnavailable
 from exportd.db.rows import DownloadEvent, Job
@@ -48,6 +48,7 @@ from exportd.packages.store import OpenPackage, PackageMissing, PackageStore, Pa
 log = structlog.get_logger()
 
 DATABASE = web.AppKey("database", Database)
+LEDGER = web.AppKey("ledger", DownloadLedger)
 STORE = web.AppKey("store", PackageStore)
 DELIVERY_OPTIONS = web.AppKey("delivery_options", DeliveryOptions)
 MAX_RANGES = web.AppKey("max_ranges", int)
@@ -190,22 +191,36 @@ async def _deliver(
         outcome=delivery.outcome,
         http_status=plan.status,
         requested=tuple((part.start, part.stop) for part in plan.parts),
+        received=_received(plan, delivery),
         bytes_sent=delivery.bytes_sent,
         package_size_bytes=package.size_bytes,
         request_id=request[REQUEST_ID],
-        is_whole=delivery.outcome == "completed" and plan.body_length == package.size_bytes,
     )
     _log_end(delivery, event)
-    await _conclude(request.app[DATABASE], event)
+    await _conclude(request.app, event)
     if delivery.reason == "shutdown":
         raise asyncio.CancelledError
     return response
 
 
-async def _conclude(database: Database, event: DownloadEvent) -> None:
+def _received(plan: Plan, delivery: Delivery) -> tuple[tuple[int, int], ...]:
+    """The bytes of the package that went out, as (start, stop); of one that changed, none can be trusted."""
+    if delivery.outcome == "changed":
+        return ()
+    left = delivery.bytes_sent
+    received = []
+    for part in plan.parts:
+        length = min(part.length, left)
+        if length:
+            received.append((part.start, part.start + length))
+        left -= length
+    return tuple(received)
+
+
+async def _conclude(app: web.Application, event: DownloadEvent) -> None:
     """Records the delivery before the handler ends: nothing else is answered on this connection, and it is
     not closed, until the count is durable. Shielded, since a shutdown may cancel the handler meanwhile."""
-    recording = asyncio.ensure_future(_record(database, event))
+    recording = asyncio.ensure_future(_record(app, event))
     try:
         await asyncio.shield(recording)
     except asyncio.CancelledError:
@@ -213,14 +228,14 @@ async def _conclude(database: Database, event: DownloadEvent) -> None:
         raise
 
 
-async def _record(database: Database, event: DownloadEvent) -> None:
+async def _record(app: web.Application, event: DownloadEvent) -> None:
     try:
         async with asyncio.timeout(_RECORD_TIMEOUT_SECONDS):
             if event.outcome == "changed":
                 # No download of it starts again until somebody has looked at it.
-                await mark_suspect(database, event.job_id)
+                await mark_suspect(app[DATABASE], event.job_id)
                 log.error("package_suspect")
-            await record_download(database, event)
+            await app[LEDGER].record(event)
     except (DatabaseUnavailable, TimeoutError) as error:
         log.error(
             "download_not_recorded", error=str(error), event_id=str(event.event_id), outcome=event.outcome

@@ -1,50 +1,189 @@
-"""The ledger of downloads in SQL: one event for each delivery, counted once however often it is written."""
+"""The ledger of downloads: each delivery is one event, and a download is counted when one principal has
+received every byte of the package, in one delivery or in several that together cover it.
+
+Events that come in together are written together, in one statement and so one transaction: a thousand
+downloads of one hot package must not queue on its row. A lone event goes at once.
+
+The rule, event by event and principal by principal: what was received joins the principal's progress; when
+that covers the package, the count goes up by one and the progress is cleared. A statement takes, for each
+principal and job, either one partial delivery or any number of whole ones, so that writing together counts
+as writing one after the other.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from uuid import UUID
 
 from exportd.db.pool import Database
 from exportd.db.rows import DownloadEvent
 
-# The update sees the event only if this statement inserted it, so a retry changes nothing.
-_RECORD_DOWNLOAD = """
-WITH event AS (
+# Idempotent by event_id: everything after the first step sees only the events that this statement inserted.
+# Job rows are locked in one order, so that two daemons never wait for each other.
+_RECORD_DOWNLOADS = """
+WITH given AS (
+    SELECT *
+      FROM unnest(
+        %(event_id)s::uuid[], %(job_id)s::uuid[], %(user_id)s::text[], %(started_at)s::timestamptz[],
+        %(duration_seconds)s::double precision[], %(outcome)s::text[], %(http_status)s::smallint[],
+        %(requested)s::text[], %(received)s::text[], %(bytes_sent)s::bigint[],
+        %(package_size_bytes)s::bigint[], %(request_id)s::text[], %(is_whole)s::boolean[]
+      ) AS given(
+        event_id, job_id, user_id, started_at, duration_seconds, outcome, http_status, requested, received,
+        bytes_sent, package_size_bytes, request_id, is_whole
+      )
+), inserted AS (
     INSERT INTO download_events (
-        event_id, job_id, user_id, started_at, duration_seconds, outcome, http_status, requested, bytes_sent,
-        package_size_bytes, request_id
+        event_id, job_id, user_id, started_at, duration_seconds, outcome, http_status, requested, received,
+        bytes_sent, package_size_bytes, request_id
     )
-    VALUES (
-        %(event_id)s, %(job_id)s, %(user_id)s, %(started_at)s, %(duration_seconds)s, %(outcome)s,
-        %(http_status)s, %(requested)s::int8multirange, %(bytes_sent)s, %(package_size_bytes)s, %(request_id)s
-    )
+    SELECT event_id, job_id, user_id, started_at, duration_seconds, outcome, http_status,
+           requested::int8multirange, received::int8multirange, bytes_sent, package_size_bytes, request_id
+      FROM given
     ON CONFLICT (event_id) DO NOTHING
-    RETURNING job_id, bytes_sent, %(is_whole)s::boolean AS is_whole
+    RETURNING event_id
+), locked AS (
+    SELECT job_id
+      FROM export_jobs
+     WHERE job_id = ANY (%(job_id)s::uuid[])
+     ORDER BY job_id
+       FOR NO KEY UPDATE
+), event AS (
+    SELECT given.*
+      FROM given
+      JOIN inserted USING (event_id)
+      JOIN locked USING (job_id)
+), progressed AS (
+    INSERT INTO download_progress AS progress (job_id, user_id, received)
+    SELECT job_id, user_id, received::int8multirange
+      FROM event
+     WHERE NOT is_whole AND received <> '{}'
+    ON CONFLICT (job_id, user_id) DO UPDATE
+       SET updated_at = now(),
+           received = CASE
+               WHEN progress.received + excluded.received @> (
+                   SELECT int8multirange(int8range(0, package_size_bytes))
+                     FROM event
+                    WHERE event.job_id = progress.job_id AND event.user_id = progress.user_id
+               )
+               THEN '{}'
+               ELSE progress.received + excluded.received
+           END
+    RETURNING job_id, isempty(received) AS became_whole
+), cleared AS (
+    UPDATE download_progress AS progress
+       SET received = '{}', updated_at = now()
+      FROM event
+     WHERE event.is_whole AND progress.job_id = event.job_id AND progress.user_id = event.user_id
+), counted AS (
+    SELECT job_id, sum(downloads) AS downloads
+      FROM (
+        SELECT job_id, is_whole::integer AS downloads FROM event
+        UNION ALL
+        SELECT job_id, became_whole::integer FROM progressed
+      ) AS each
+     GROUP BY job_id
+), served AS (
+    SELECT job_id, sum(bytes_sent) AS bytes FROM event GROUP BY job_id
 )
 UPDATE export_jobs AS job
-   SET bytes_served = coalesce(job.bytes_served, 0) + event.bytes_sent,
-       download_count = coalesce(job.download_count, 0) + event.is_whole::integer,
-       last_downloaded_at = CASE WHEN event.is_whole THEN now() ELSE job.last_downloaded_at END
-  FROM event
- WHERE job.job_id = event.job_id
+   SET bytes_served = coalesce(job.bytes_served, 0) + served.bytes,
+       download_count = coalesce(job.download_count, 0) + counted.downloads,
+       last_downloaded_at = CASE WHEN counted.downloads > 0 THEN now() ELSE job.last_downloaded_at END
+  FROM counted
+  JOIN served USING (job_id)
+ WHERE job.job_id = counted.job_id
 """
 
+_LARGEST_GROUP = 500
 
-async def record_download(database: Database, event: DownloadEvent) -> None:
-    """Writes one delivery and counts it, in one statement and so in one transaction.
+Principal = tuple[UUID, str]
+
+
+@dataclass(slots=True)
+class _Waiting:
+    event: DownloadEvent
+    written: asyncio.Future[None]
+
+
+class DownloadLedger:
+    """Writes events, those that come in together as one statement. One statement is under way at a time."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._waiting: list[_Waiting] = []
+        self._writer: asyncio.Task[None] | None = None
+
+    async def record(self, event: DownloadEvent) -> None:
+        """Returns once the event is durable. Idempotent by its id. Raises DatabaseUnavailable."""
+        waiting = _Waiting(event, asyncio.get_running_loop().create_future())
+        self._waiting.append(waiting)
+        if self._writer is None:
+            self._writer = asyncio.create_task(self._write_all())
+        await waiting.written
+
+    async def _write_all(self) -> None:
+        try:
+            while self._waiting:
+                group, self._waiting = take_group(self._waiting)
+                try:
+                    await record_downloads(self._database, [item.event for item in group])
+                except Exception as error:  # noqa: BLE001  # whatever it is, those who wait must hear of it
+                    for item in group:
+                        if not item.written.done():
+                            item.written.set_exception(error)
+                for item in group:
+                    if not item.written.done():
+                        item.written.set_result(None)
+        finally:
+            self._writer = None
+
+
+def take_group(waiting: Sequence[_Waiting]) -> tuple[list[_Waiting], list[_Waiting]]:
+    """Splits off what one statement may write, by the module's rule. Each principal's order is kept."""
+    group: list[_Waiting] = []
+    left: list[_Waiting] = []
+    whole: set[Principal] = set()
+    partial: set[Principal] = set()
+    # Whoever has an event that must wait: what comes later must not overtake it.
+    behind: set[Principal] = set()
+    for item in waiting:
+        event = item.event
+        principal = (event.job_id, event.user_id)
+        is_apart = principal in partial or (principal in whole and not event.is_whole)
+        if is_apart or principal in behind or len(group) == _LARGEST_GROUP:
+            behind.add(principal)
+            left.append(item)
+        else:
+            (whole if event.is_whole else partial).add(principal)
+            group.append(item)
+    return group, left
+
+
+async def record_downloads(database: Database, events: Sequence[DownloadEvent]) -> None:
+    """Writes events and counts them, in one statement. They must keep the module's rule.
 
     Idempotent by ``event_id``. Raises DatabaseUnavailable.
     """
     await database.fetch_all(
-        _RECORD_DOWNLOAD,
+        _RECORD_DOWNLOADS,
         {
-            "event_id": event.event_id,
-            "job_id": event.job_id,
-            "user_id": event.user_id,
-            "started_at": event.started_at,
-            "duration_seconds": event.duration_seconds,
-            "outcome": event.outcome,
-            "http_status": event.http_status,
-            "requested": "{" + ",".join(f"[{start},{stop})" for start, stop in event.requested) + "}",
-            "bytes_sent": event.bytes_sent,
-            "package_size_bytes": event.package_size_bytes,
-            "request_id": event.request_id,
-            "is_whole": event.is_whole,
+            "event_id": [event.event_id for event in events],
+            "job_id": [event.job_id for event in events],
+            "user_id": [event.user_id for event in events],
+            "started_at": [event.started_at for event in events],
+            "duration_seconds": [event.duration_seconds for event in events],
+            "outcome": [event.outcome for event in events],
+            "http_status": [event.http_status for event in events],
+            "requested": [_multirange(event.requested) for event in events],
+            "received": [_multirange(event.received) for event in events],
+            "bytes_sent": [event.bytes_sent for event in events],
+            "package_size_bytes": [event.package_size_bytes for event in events],
+            "request_id": [event.request_id for event in events],
+            "is_whole": [event.is_whole for event in events],
         },
     )
+
+
+def _multirange(parts: Sequence[tuple[int, int]]) -> str:
+    return "{" + ",".join(f"[{start},{stop})" for start, stop in parts) + "}"

@@ -43,6 +43,8 @@ class Database:
             return await self._run(statement, parameters)
         except (psycopg2.OperationalError, psycopg2.InterfaceError) as error:
             log.warning("database_connection_lost", error=_one_line(error))
+            # A server that restarted has closed the idle connections too: the second try gets a new one.
+            await self._pool.clear()
         try:
             return await self._run(statement, parameters)
         except (psycopg2.OperationalError, psycopg2.InterfaceError) as error:

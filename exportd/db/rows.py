@@ -39,8 +39,11 @@ class JobStatistics:
 
 @dataclass(frozen=True, slots=True)
 class DownloadEvent:
-    """The record of one delivery. ``requested`` holds (start, stop) of each part that was asked for;
-    ``is_whole``: every byte of the package went out in this delivery."""
+    """The record of one delivery.
+
+    ``requested`` and ``received`` hold (start, stop) of each part of the package that was asked for, and that
+    went out. ``http_status`` is the answer's.
+    """
 
     event_id: UUID
     job_id: UUID
@@ -50,7 +53,13 @@ class DownloadEvent:
     outcome: str
     http_status: int
     requested: tuple[tuple[int, int], ...]
+    received: tuple[tuple[int, int], ...]
     bytes_sent: int
     package_size_bytes: int
     request_id: str
-    is_whole: bool
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether this delivery alone is a download: every byte of the package, to the end of the answer."""
+        whole = (0, self.package_size_bytes)
+        return self.outcome == "completed" and (self.received == (whole,) or not self.package_size_bytes)

@@ -4,10 +4,11 @@ import asyncio
 import uuid
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
+from random import Random
 
 import pytest
 
-from exportd.db.downloads import record_download
+from exportd.db.downloads import DownloadLedger, record_downloads
 from exportd.db.jobs import find_job, find_statistics, record_completed_job
 from exportd.db.migrate import migrate_up
 from exportd.db.pool import Database, open_database
@@ -52,10 +53,10 @@ def event(job_id: uuid.UUID, **changes: object) -> DownloadEvent:
         "outcome": "completed",
         "http_status": 200,
         "requested": ((0, 1000),),
+        "received": ((0, 1000),),
         "bytes_sent": 1000,
         "package_size_bytes": 1000,
         "request_id": "r",
-        "is_whole": True,
     }
     return DownloadEvent(**{**values, **changes})  # type: ignore[arg-type]
 
@@ -86,8 +87,8 @@ async def test_each_whole_delivery_counts_once_however_often_it_is_written(
     job_id, _ = await completed_job(database)
     once = event(job_id)
     for _ in range(3):
-        await record_download(database, once)
-    await record_download(database, event(job_id))
+        await record_downloads(database, [once])
+    await record_downloads(database, [event(job_id)])
     statistics = await find_statistics(database, job_id)
     assert statistics is not None
     assert (statistics.download_count, statistics.bytes_served) == (2, 2000)
@@ -97,8 +98,9 @@ async def test_each_whole_delivery_counts_once_however_often_it_is_written(
 
 async def test_a_partial_delivery_counts_bytes_only(database: Database, dsn: str) -> None:
     job_id, _ = await completed_job(database)
-    partial = event(job_id, is_whole=False, bytes_sent=10, http_status=206, requested=((0, 5), (7, 12)))
-    await record_download(database, partial)
+    parts = ((0, 5), (7, 12))
+    partial = event(job_id, bytes_sent=10, http_status=206, requested=parts, received=parts)
+    await record_downloads(database, [partial])
     statistics = await find_statistics(database, job_id)
     assert statistics is not None
     assert (statistics.download_count, statistics.bytes_served, statistics.last_downloaded_at) == (
@@ -113,14 +115,15 @@ async def test_a_partial_delivery_counts_bytes_only(database: Database, dsn: str
 
 async def test_no_count_is_lost_when_many_end_together(database: Database) -> None:
     job_id, _ = await completed_job(database)
-    await asyncio.gather(*(record_download(database, event(job_id)) for _ in range(200)))
+    ledger = DownloadLedger(database)
+    await asyncio.gather(*(ledger.record(event(job_id)) for _ in range(1200)))
     statistics = await find_statistics(database, job_id)
     assert statistics is not None
-    assert (statistics.download_count, statistics.bytes_served) == (200, 200_000)
+    assert (statistics.download_count, statistics.bytes_served) == (1200, 1_200_000)
 
 
 async def test_an_event_of_a_job_that_was_deleted_is_kept(database: Database, dsn: str) -> None:
-    await record_download(database, event(uuid.uuid4()))
+    await record_downloads(database, [event(uuid.uuid4())])
     assert query(dsn, "SELECT count(*) FROM download_events") == [(1,)]
 
 
@@ -144,8 +147,152 @@ async def test_an_applications_own_types_are_read(empty_dsn: str) -> None:
     assert job is not None
     assert (job.user_id, job.status, job.tool_name) == ("42", "completed", "Form")
     assert job.completed_at == datetime(2025, 10, 24, 12, tzinfo=UTC)
-    await record_download(database, event(job_id))
+    await record_downloads(database, [event(job_id)])
     statistics = await find_statistics(database, job_id)
     assert statistics is not None
     assert statistics.download_count == 1
     await database.close()
+
+
+def part(job_id: uuid.UUID, start: int, stop: int, **changes: object) -> DownloadEvent:
+    ranges = ((start, stop),)
+    return event(
+        job_id, http_status=206, requested=ranges, received=ranges, bytes_sent=stop - start, **changes
+    )
+
+
+async def count(database: Database, job_id: uuid.UUID) -> int:
+    statistics = await find_statistics(database, job_id)
+    assert statistics is not None
+    return statistics.download_count
+
+
+@pytest.mark.parametrize(
+    "ranges",
+    [
+        [(0, 500), (500, 1000)],
+        [(500, 1000), (0, 500)],
+        [(0, 700), (300, 1000)],
+        [(0, 1), (999, 1000), (1, 999)],
+    ],
+)
+async def test_parts_that_cover_the_package_count_once(
+    database: Database, dsn: str, ranges: list[tuple[int, int]]
+) -> None:
+    job_id, _ = await completed_job(database)
+    for start, stop in ranges[:-1]:
+        await record_downloads(database, [part(job_id, start, stop)])
+        assert await count(database, job_id) == 0
+    last = part(job_id, *ranges[-1])
+    await record_downloads(database, [last])
+    await record_downloads(database, [last])
+    assert await count(database, job_id) == 1
+    # The progress is cleared: the next download begins anew.
+    assert query(dsn, "SELECT isempty(received) FROM download_progress") == [(True,)]
+    await record_downloads(database, [part(job_id, *ranges[0])])
+    assert await count(database, job_id) == 1
+
+
+async def test_two_principals_do_not_complete_each_other(database: Database) -> None:
+    job_id, _ = await completed_job(database)
+    await record_downloads(database, [part(job_id, 0, 500), part(job_id, 500, 1000, user_id="root")])
+    assert await count(database, job_id) == 0
+    await record_downloads(database, [part(job_id, 500, 1000), part(job_id, 0, 500, user_id="root")])
+    assert await count(database, job_id) == 2
+
+
+async def test_the_same_bytes_again_are_no_progress(database: Database) -> None:
+    job_id, _ = await completed_job(database)
+    for _ in range(5):
+        await record_downloads(database, [part(job_id, 0, 999)])
+    assert await count(database, job_id) == 0
+
+
+async def test_a_whole_delivery_clears_what_was_in_progress(database: Database) -> None:
+    job_id, _ = await completed_job(database)
+    await record_downloads(database, [part(job_id, 0, 500)])
+    await record_downloads(database, [event(job_id)])
+    await record_downloads(database, [part(job_id, 500, 1000)])
+    assert await count(database, job_id) == 1
+
+
+async def test_an_aborted_delivery_is_progress_as_far_as_it_went(database: Database) -> None:
+    job_id, _ = await completed_job(database)
+    aborted = event(job_id, outcome="aborted", received=((0, 400),), bytes_sent=400)
+    await record_downloads(database, [aborted])
+    await record_downloads(database, [part(job_id, 400, 1000)])
+    assert await count(database, job_id) == 1
+
+
+async def test_an_aborted_delivery_is_never_a_whole_one(database: Database) -> None:
+    job_id, _ = await completed_job(database)
+    await record_downloads(database, [event(job_id, outcome="failed")])
+    assert not event(job_id, outcome="aborted").is_whole
+
+
+async def test_a_delivery_of_which_nothing_can_be_trusted_is_no_progress(
+    database: Database, dsn: str
+) -> None:
+    job_id, _ = await completed_job(database)
+    await record_downloads(database, [event(job_id, outcome="changed", received=(), bytes_sent=400)])
+    assert await count(database, job_id) == 0
+    assert query(dsn, "SELECT count(*) FROM download_progress") == [(0,)]
+
+
+async def test_an_empty_package_is_whole_at_once(database: Database) -> None:
+    job_id, _ = await completed_job(database)
+    empty = event(job_id, package_size_bytes=0, requested=((0, 0),), received=(), bytes_sent=0)
+    assert empty.is_whole
+    await record_downloads(database, [empty])
+    assert await count(database, job_id) == 1
+
+
+async def test_what_comes_in_together_is_written_together(database: Database, dsn: str) -> None:
+    job_id, _ = await completed_job(database)
+    ledger = DownloadLedger(database)
+    await asyncio.gather(*(ledger.record(event(job_id)) for _ in range(100)))
+    # xmin names the transaction that wrote a row: the first event went alone, the rest as one.
+    assert query(dsn, "SELECT count(DISTINCT xmin::text) FROM download_events") == [(1,)]
+
+
+async def test_a_statement_that_fails_is_told_to_each_who_waits_and_the_next_is_written(
+    database: Database, dsn: str
+) -> None:
+    job_id, _ = await completed_job(database)
+    ledger = DownloadLedger(database)
+    wrong = event(job_id, requested=((5, 1),))
+    results = await asyncio.gather(ledger.record(wrong), ledger.record(event(job_id)), return_exceptions=True)
+    assert [type(result).__name__ for result in results] == ["DataException", "DataException"]
+    await ledger.record(event(job_id))
+    assert await count(database, job_id) == 1
+
+
+class Model:
+    """The rule as the design says it, event by event."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.received: dict[str, set[int]] = {}
+
+    def add(self, user_id: str, start: int, stop: int) -> None:
+        received = self.received.setdefault(user_id, set())
+        received |= set(range(start, stop))
+        if len(received) == 1000:
+            self.count += 1
+            received.clear()
+
+
+@pytest.mark.parametrize("seed", range(8))
+async def test_any_interleaving_counts_as_one_after_the_other(database: Database, seed: int) -> None:
+    random = Random(seed)
+    job_id, _ = await completed_job(database)
+    ledger, model = DownloadLedger(database), Model()
+    for _ in range(6):
+        together = []
+        for _ in range(random.randint(1, 40)):
+            start, stop = random.choice([(0, 1000), (0, 500), (500, 1000), (0, 999), (999, 1000), (250, 750)])
+            user_id = random.choice(["ann", "bob", "eve"])
+            model.add(user_id, start, stop)
+            together.append(ledger.record(part(job_id, start, stop, user_id=user_id)))
+        await asyncio.gather(*together)
+    assert await count(database, job_id) == model.count
