@@ -9,6 +9,7 @@ from exportd.api.access import TOKENS
 from exportd.api.download import (
     DATABASE,
     DELIVERY_OPTIONS,
+    JOBS,
     LEDGER,
     MAX_RANGES,
     STORE,
@@ -20,6 +21,7 @@ from exportd.api.middleware import LIFECYCLE, edge, set_common_headers
 from exportd.api.statistics import download_statistics
 from exportd.auth.tokens import Tokens, load_or_make_secret
 from exportd.db.downloads import DownloadLedger
+from exportd.db.jobs import JobFinder
 from exportd.db.pool import Database, open_database
 from exportd.delivery.response import DeliveryOptions
 from exportd.packages.pack import remove_abandoned
@@ -45,6 +47,7 @@ def make_app(settings: Settings, dsn: str) -> web.Application:
     async def resources(app: web.Application) -> AsyncIterator[None]:
         _prepare_storage(settings)
         database = app[DATABASE] = await connect(settings, dsn)
+        app[JOBS] = JobFinder(database)
         app[LEDGER] = DownloadLedger(database)
         yield
         await database.close()

@@ -26,7 +26,7 @@ from exportd.api.middleware import REQUEST_ID
 from exportd.auth.permission import Decision, decide_download
 from exportd.auth.principal import Principal
 from exportd.db.downloads import DownloadLedger
-from exportd.db.jobs import find_job, mark_suspect
+from exportd.db.jobs import JobFinder
 from exportd.db.pool import Database, DatabaseUnavailable
 from exportd.db.rows import DownloadEvent, Job
 from exportd.delivery.outcome import Delivery
@@ -48,6 +48,7 @@ from exportd.packages.store import OpenPackage, PackageMissing, PackageStore, Pa
 log = structlog.get_logger()
 
 DATABASE = web.AppKey("database", Database)
+JOBS = web.AppKey("jobs", JobFinder)
 LEDGER = web.AppKey("ledger", DownloadLedger)
 STORE = web.AppKey("store", PackageStore)
 DELIVERY_OPTIONS = web.AppKey("delivery_options", DeliveryOptions)
@@ -55,15 +56,12 @@ MAX_RANGES = web.AppKey("max_ranges", int)
 
 _CONTENT_TYPE = "application/gzip"
 
-# How long the record of a delivery's end may take; it goes on even while the daemon stops.
-_RECORD_TIMEOUT_SECONDS = 15.0
-
 
 async def download_package(request: web.Request) -> web.StreamResponse:
     """Sends the package of a completed job to its creator or an admin."""
     job_id = requested_job_id(request)
     principal = authenticate(request)
-    job = await find_job(request.app[DATABASE], job_id)
+    job = await request.app[JOBS].find_job(job_id)
     if job is None:
         raise JobNotFound
     _check_permission(principal, job)
@@ -78,8 +76,7 @@ async def download_package(request: web.Request) -> web.StreamResponse:
                 raise PreconditionFailed
             case 416:
                 raise RangeNotSatisfiable(headers={"Content-Range": f"bytes */{package.size_bytes}"})
-        boundary = uuid.uuid4().hex
-        body = frame_body(plan.status, plan.parts, package.size_bytes, _CONTENT_TYPE, boundary)
+        body = frame_body(plan.status, plan.parts, package.size_bytes, _CONTENT_TYPE)
         headers = _package_headers(request, job, representation) | body.headers
         response = web.StreamResponse(status=plan.status, headers=headers)
         if request.method == "HEAD":
@@ -219,30 +216,30 @@ def _received(plan: Plan, delivery: Delivery) -> tuple[tuple[int, int], ...]:
 
 async def _conclude(app: web.Application, event: DownloadEvent) -> None:
     """Records the delivery before the handler ends: nothing else is answered on this connection, and it is
-    not closed, until the count is durable. Shielded, since a shutdown may cancel the handler meanwhile."""
-    recording = asyncio.ensure_future(_record(app, event))
-    try:
-        await asyncio.shield(recording)
-    except asyncio.CancelledError:
-        await asyncio.wait([recording])
-        raise
+    not closed, until the count is durable. A shutdown may cancel the handler, and not the record.
 
-
-async def _record(app: web.Application, event: DownloadEvent) -> None:
-    try:
-        async with asyncio.timeout(_RECORD_TIMEOUT_SECONDS):
-            if event.outcome == "changed":
-                # No download of it starts again until somebody has looked at it.
-                await mark_suspect(app[DATABASE], event.job_id)
-                log.error("package_suspect")
-            await app[LEDGER].record(event)
-    except (DatabaseUnavailable, TimeoutError) as error:
+    Nothing is raised but cancellation: the answer is out, and an error page would become a second one.
+    """
+    recording = app[LEDGER].record(event)
+    cancelled = False
+    while not recording.done():
+        try:
+            await asyncio.wait([recording])
+        except asyncio.CancelledError:
+            cancelled = True
+    error = recording.exception()
+    if isinstance(error, DatabaseUnavailable):
         log.error(
             "download_not_recorded", error=str(error), event_id=str(event.event_id), outcome=event.outcome
         )
-    except Exception:
-        # The answer is out: raised further, this would become a second one.
-        log.exception("download_not_recorded", event_id=str(event.event_id), outcome=event.outcome)
+    elif error is not None:
+        log.error(
+            "download_not_recorded", exc_info=error, event_id=str(event.event_id), outcome=event.outcome
+        )
+    elif event.outcome == "changed":
+        log.error("package_suspect")
+    if cancelled:
+        raise asyncio.CancelledError
 
 
 def _log_end(delivery: Delivery, event: DownloadEvent) -> None:

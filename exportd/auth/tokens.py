@@ -13,6 +13,8 @@ _ALGORITHM = "HS256"
 _SECRET_BYTES = 32
 # A user's id ends up in log lines, rows and headers; nobody's is longer.
 _LONGEST_USER_ID = 255
+# Verified tokens are remembered: a check costs as much as all the rest of the authentication.
+_MOST_REMEMBERED = 1024
 
 
 class InvalidToken(Exception):
@@ -31,9 +33,25 @@ class Tokens:
         self._user_claim = user_claim
         self._role_claim = role_claim
         self._admin_role = admin_role
+        self._verified: dict[str, tuple[float, Principal]] = {}
 
     def verify(self, token: str) -> Principal:
-        """The principal a token was issued to. Raises InvalidToken."""
+        """The principal a token was issued to. Raises InvalidToken.
+
+        A token that was good a moment ago is good until it expires, and is not verified again.
+        """
+        known = self._verified.get(token)
+        if known is not None and time.time() < known[0]:
+            return known[1]
+        expires_at, principal = self._verify(token)
+        if len(self._verified) >= _MOST_REMEMBERED:
+            # Dictionaries keep their order: the one remembered longest goes.
+            del self._verified[next(iter(self._verified))]
+        self._verified[token] = (expires_at, principal)
+        return principal
+
+    def _verify(self, token: str) -> tuple[float, Principal]:
+        """The token's expiry, in seconds since the epoch, and its principal."""
         try:
             claims = jwt.decode(token, self._secret, algorithms=[_ALGORITHM], options={"require": ["exp"]})
         except jwt.InvalidTokenError as error:
@@ -43,7 +61,7 @@ class Tokens:
             user_id = str(user_id)
         if not isinstance(user_id, str) or not 0 < len(user_id) <= _LONGEST_USER_ID or "\0" in user_id:
             raise InvalidToken(f"claim {self._user_claim!r} holds no user id")
-        return Principal(user_id, claims.get(self._role_claim) == self._admin_role)
+        return claims["exp"], Principal(user_id, claims.get(self._role_claim) == self._admin_role)
 
     def sign(self, user_id: str, role: str | None, ttl_seconds: int) -> str:
         """A token for ``user_id`` that is valid for ``ttl_seconds`` from now."""

@@ -4,6 +4,9 @@ received every byte of the package, in one delivery or in several that together 
 Events that come in together are written together, in one statement and so one transaction: a thousand
 downloads of one hot package must not queue on its row. A lone event goes at once.
 
+A delivery that ended because the package was written to (outcome ``changed``) marks the job as suspect: no
+download of it starts again until somebody has looked at it.
+
 The rule, event by event and principal by principal: what was received joins the principal's progress; when
 that covers the package, the count goes up by one and the progress is cleared. A statement takes, for each
 principal and job, either one partial delivery or any number of whole ones, so that writing together counts
@@ -11,10 +14,10 @@ as writing one after the other.
 """
 
 import asyncio
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from uuid import UUID
 
+from exportd.db.gather import Gatherer
 from exportd.db.pool import Database
 from exportd.db.rows import DownloadEvent
 
@@ -84,12 +87,18 @@ WITH given AS (
       ) AS each
      GROUP BY job_id
 ), served AS (
-    SELECT job_id, sum(bytes_sent) AS bytes FROM event GROUP BY job_id
+    SELECT job_id, sum(bytes_sent) AS bytes, bool_or(outcome = 'changed') AS is_suspect
+      FROM event
+     GROUP BY job_id
 )
 UPDATE export_jobs AS job
    SET bytes_served = coalesce(job.bytes_served, 0) + served.bytes,
        download_count = coalesce(job.download_count, 0) + counted.downloads,
-       last_downloaded_at = CASE WHEN counted.downloads > 0 THEN now() ELSE job.last_downloaded_at END
+       last_downloaded_at = CASE WHEN counted.downloads > 0 THEN now() ELSE job.last_downloaded_at END,
+       package_suspect_since = CASE
+           WHEN served.is_suspect THEN coalesce(job.package_suspect_since, now())
+           ELSE job.package_suspect_since
+       END
   FROM counted
   JOIN served USING (job_id)
  WHERE job.job_id = counted.job_id
@@ -97,67 +106,42 @@ UPDATE export_jobs AS job
 
 _LARGEST_GROUP = 500
 
-Principal = tuple[UUID, str]
-
-
-@dataclass(slots=True)
-class _Waiting:
-    event: DownloadEvent
-    written: asyncio.Future[None]
-
 
 class DownloadLedger:
     """Writes events, those that come in together as one statement. One statement is under way at a time."""
 
     def __init__(self, database: Database) -> None:
-        self._database = database
-        self._waiting: list[_Waiting] = []
-        self._writer: asyncio.Task[None] | None = None
+        async def write(events: list[DownloadEvent]) -> list[None]:
+            await record_downloads(database, events)
+            return [None] * len(events)
 
-    async def record(self, event: DownloadEvent) -> None:
-        """Returns once the event is durable. Idempotent by its id. Raises DatabaseUnavailable."""
-        waiting = _Waiting(event, asyncio.get_running_loop().create_future())
-        self._waiting.append(waiting)
-        if self._writer is None:
-            self._writer = asyncio.create_task(self._write_all())
-        await waiting.written
+        self._gatherer = Gatherer(write, _one_statement, at_once=1)
 
-    async def _write_all(self) -> None:
-        try:
-            while self._waiting:
-                group, self._waiting = take_group(self._waiting)
-                try:
-                    await record_downloads(self._database, [item.event for item in group])
-                except Exception as error:  # noqa: BLE001  # whatever it is, those who wait must hear of it
-                    for item in group:
-                        if not item.written.done():
-                            item.written.set_exception(error)
-                for item in group:
-                    if not item.written.done():
-                        item.written.set_result(None)
-        finally:
-            self._writer = None
+    def record(self, event: DownloadEvent) -> asyncio.Future[None]:
+        """Done once the event is durable; fails with DatabaseUnavailable. Idempotent by the event's id."""
+        return self._gatherer.submit(event)
 
 
-def take_group(waiting: Sequence[_Waiting]) -> tuple[list[_Waiting], list[_Waiting]]:
-    """Splits off what one statement may write, by the module's rule. Each principal's order is kept."""
-    group: list[_Waiting] = []
-    left: list[_Waiting] = []
-    whole: set[Principal] = set()
-    partial: set[Principal] = set()
+def _one_statement() -> Callable[[DownloadEvent], bool]:
+    """Judges which events one statement may take, by the module's rule; each principal's order is kept."""
+    taken = 0
+    whole: set[tuple[UUID, str]] = set()
+    partial: set[tuple[UUID, str]] = set()
     # Whoever has an event that must wait: what comes later must not overtake it.
-    behind: set[Principal] = set()
-    for item in waiting:
-        event = item.event
+    behind: set[tuple[UUID, str]] = set()
+
+    def may_join(event: DownloadEvent) -> bool:
+        nonlocal taken
         principal = (event.job_id, event.user_id)
         is_apart = principal in partial or (principal in whole and not event.is_whole)
-        if is_apart or principal in behind or len(group) == _LARGEST_GROUP:
+        if is_apart or principal in behind or taken == _LARGEST_GROUP:
             behind.add(principal)
-            left.append(item)
-        else:
-            (whole if event.is_whole else partial).add(principal)
-            group.append(item)
-    return group, left
+            return False
+        (whole if event.is_whole else partial).add(principal)
+        taken += 1
+        return True
+
+    return may_join
 
 
 async def record_downloads(database: Database, events: Sequence[DownloadEvent]) -> None:

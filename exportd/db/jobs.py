@@ -7,10 +7,14 @@ the user, or times without a zone.
 from datetime import datetime
 from uuid import UUID
 
+from exportd.db.gather import Gatherer
 from exportd.db.pool import Database
 from exportd.db.rows import Job, JobStatistics
 
-_FIND_JOB = """
+# More than one, so that a statement the database is slow with does not hold up everybody.
+_LOOK_UPS_AT_ONCE = 2
+
+_FIND_JOBS = """
 SELECT job_id,
        user_id::text,
        status::text,
@@ -23,7 +27,7 @@ SELECT job_id,
        package_suspect_since IS NOT NULL,
        now()
   FROM export_jobs
- WHERE job_id = %s
+ WHERE job_id = ANY (%s::uuid[])
 """
 
 _FIND_STATISTICS = """
@@ -58,18 +62,20 @@ LIMIT 1
 """
 
 
-_MARK_SUSPECT = """
-UPDATE export_jobs
-   SET package_suspect_since = now()
- WHERE job_id = %s
-   AND package_suspect_since IS NULL
-"""
+class JobFinder:
+    """Looks jobs up, those that are asked for together by one statement."""
 
+    def __init__(self, database: Database) -> None:
+        async def find(job_ids: list[UUID]) -> list[Job | None]:
+            rows = await database.fetch_all(_FIND_JOBS, (list(set(job_ids)),))
+            jobs = {row[0]: Job(*row) for row in rows}
+            return [jobs.get(job_id) for job_id in job_ids]
 
-async def find_job(database: Database, job_id: UUID) -> Job | None:
-    """The job of that id, or None. Raises DatabaseUnavailable."""
-    row = await database.fetch_one(_FIND_JOB, (job_id,))
-    return None if row is None else Job(*row)
+        self._gatherer = Gatherer(find, lambda: lambda _: True, at_once=_LOOK_UPS_AT_ONCE)
+
+    async def find_job(self, job_id: UUID) -> Job | None:
+        """The job of that id, or None. Raises DatabaseUnavailable."""
+        return await self._gatherer.submit(job_id)
 
 
 async def find_statistics(database: Database, job_id: UUID) -> JobStatistics | None:
@@ -79,11 +85,6 @@ async def find_statistics(database: Database, job_id: UUID) -> JobStatistics | N
     """
     row = await database.fetch_one(_FIND_STATISTICS, (job_id,))
     return None if row is None else JobStatistics(*row)
-
-
-async def mark_suspect(database: Database, job_id: UUID) -> None:
-    """Notes that the job's package changed after completion. Idempotent. Raises DatabaseUnavailable."""
-    await database.fetch_all(_MARK_SUSPECT, (job_id,))
 
 
 async def record_completed_job(

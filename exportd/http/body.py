@@ -1,6 +1,7 @@
 """What a body is made of: the whole package, one range, or several framed as ``multipart/byteranges``
 (RFC 9110, section 14.6)."""
 
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,13 +19,11 @@ class Body:
     headers: dict[str, str]
 
 
-def frame_body(status: int, parts: Sequence[ByteRange], size: int, content_type: str, boundary: str) -> Body:
-    """The body of a 200 or 206 that sends ``parts`` of a package of ``size`` bytes.
-
-    ``boundary`` separates several parts; nobody may be able to guess it while making a package.
-    """
+def frame_body(status: int, parts: Sequence[ByteRange], size: int, content_type: str) -> Body:
+    """The body of a 200 or 206 that sends ``parts`` of a package of ``size`` bytes."""
     if len(parts) > 1:
-        return _frame_parts(parts, size, content_type, boundary)
+        # Nobody can guess it while making a package.
+        return _frame_parts(parts, size, content_type, boundary=secrets.token_hex(16))
     (part,) = parts
     headers = {"Content-Type": content_type, "Content-Length": str(part.length)}
     if status == 206:

@@ -1,5 +1,6 @@
 """The name a download is saved under (RFC 6266, RFC 8187)."""
 
+import functools
 import re
 import unicodedata
 from datetime import date
@@ -17,6 +18,7 @@ def package_filename(tool_name: str, day: date) -> str:
     return f"export-{_slug(tool_name) or _FALLBACK}-{day.isoformat()}.tar.gz"
 
 
+@functools.lru_cache(maxsize=4096)
 def content_disposition(tool_name: str, day: date) -> str:
     """The value of Content-Disposition for a package.
 

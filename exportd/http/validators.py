@@ -1,6 +1,7 @@
 """Validators and digests: what lets a client know that it resumes the same bytes (RFC 9110, section 8.8)."""
 
 import base64
+import functools
 import hashlib
 import re
 from datetime import UTC, datetime
@@ -25,11 +26,13 @@ def whole_seconds(moment: datetime) -> datetime:
     return moment.astimezone(UTC).replace(microsecond=0)
 
 
+@functools.lru_cache(maxsize=4096)
 def http_date(moment: datetime) -> str:
     """An HTTP date (section 5.6.7)."""
     return format_datetime(whole_seconds(moment), usegmt=True)
 
 
+@functools.lru_cache(maxsize=4096)
 def repr_digest(sha256_hex: str) -> str:
     """The value of Repr-Digest (RFC 9530): the digest of the whole package, on a 206 too."""
     return f"sha-256=:{base64.b64encode(bytes.fromhex(sha256_hex)).decode()}:"

@@ -9,7 +9,7 @@ from random import Random
 import pytest
 
 from exportd.db.downloads import DownloadLedger, record_downloads
-from exportd.db.jobs import find_job, find_statistics, record_completed_job
+from exportd.db.jobs import JobFinder, find_statistics, record_completed_job
 from exportd.db.migrate import migrate_up
 from exportd.db.pool import Database, open_database
 from exportd.db.rows import DownloadEvent
@@ -63,14 +63,14 @@ def event(job_id: uuid.UUID, **changes: object) -> DownloadEvent:
 
 async def test_a_recorded_job_is_found_with_its_expiry(database: Database) -> None:
     job_id, expires_at = await completed_job(database, days=7)
-    job = await find_job(database, job_id)
+    job = await JobFinder(database).find_job(job_id)
     assert job is not None
     assert (job.user_id, job.status, job.tool_name) == ("ann", "completed", "Form")
     assert (job.package_path, job.package_size_bytes, job.package_sha256) == ("a.tar.gz", 1000, DIGEST)
     assert job.completed_at is not None
     assert job.package_expires_at == expires_at == job.completed_at + timedelta(days=7)
     assert job.read_at >= job.completed_at
-    assert await find_job(database, uuid.uuid4()) is None
+    assert await JobFinder(database).find_job(uuid.uuid4()) is None
     assert await find_statistics(database, uuid.uuid4()) is None
 
 
@@ -143,7 +143,7 @@ async def test_an_applications_own_types_are_read(empty_dsn: str) -> None:
         (str(job_id),),
     )
     database = await open_database(empty_dsn, **OPTIONS)  # type: ignore[arg-type]
-    job = await find_job(database, job_id)
+    job = await JobFinder(database).find_job(job_id)
     assert job is not None
     assert (job.user_id, job.status, job.tool_name) == ("42", "completed", "Form")
     assert job.completed_at == datetime(2025, 10, 24, 12, tzinfo=UTC)

@@ -1,0 +1,65 @@
+"""What comes in together goes to the database together.
+
+A lone item goes at once; what arrives while a statement is under way waits for the next. So a quiet daemon
+loses no time, and a busy one needs a fraction of the statements.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Generic, TypeVar
+
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
+
+
+class Gatherer(Generic[Item, Answer]):
+    """Calls ``run`` with groups of items; it returns an answer for each, in order, or raises for all.
+
+    ``fits`` makes, for each group, a judge of which items may still join it; what may not waits for the next
+    call. At most ``at_once`` calls are under way.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[list[Item]], Awaitable[Sequence[Answer]]],
+        fits: Callable[[], Callable[[Item], bool]],
+        at_once: int,
+    ) -> None:
+        self._run = run
+        self._fits = fits
+        self._at_once = at_once
+        self._waiting: list[tuple[Item, asyncio.Future[Answer]]] = []
+        self._running: set[asyncio.Task[None]] = set()
+
+    def submit(self, item: Item) -> asyncio.Future[Answer]:
+        """The item's answer, to come. Who stops waiting for it does not stop the call."""
+        answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self._waiting.append((item, answer))
+        if len(self._running) < self._at_once:
+            task = asyncio.create_task(self._work())
+            self._running.add(task)
+            task.add_done_callback(self._running.discard)
+        return answer
+
+    async def _work(self) -> None:
+        while self._waiting:
+            group = self._take_group()
+            try:
+                answers = await self._run([item for item, _ in group])
+            except Exception as error:  # noqa: BLE001  # whatever it is, those who wait must hear of it
+                for _, future in group:
+                    if not future.done():
+                        future.set_exception(error)
+            else:
+                for (_, future), answer in zip(group, answers, strict=True):
+                    if not future.done():
+                        future.set_result(answer)
+
+    def _take_group(self) -> list[tuple[Item, asyncio.Future[Answer]]]:
+        may_join = self._fits()
+        group: list[tuple[Item, asyncio.Future[Answer]]] = []
+        left: list[tuple[Item, asyncio.Future[Answer]]] = []
+        for waiting in self._waiting:
+            (group if may_join(waiting[0]) else left).append(waiting)
+        self._waiting = left
+        return group
