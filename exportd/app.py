@@ -24,6 +24,7 @@ from exportd.db.downloads import DownloadLedger
 from exportd.db.jobs import JobFinder
 from exportd.db.pool import Database, open_database
 from exportd.delivery.response import DeliveryOptions
+from exportd.delivery.watch import Patience
 from exportd.packages.pack import remove_abandoned
 from exportd.packages.store import PackageStore
 from exportd.settings import Settings
@@ -42,6 +43,12 @@ def make_app(settings: Settings, dsn: str) -> web.Application:
         sendfile=settings.download.sendfile,
         slice_bytes=settings.download.slice_bytes,
         chunk_size=settings.download.chunk_size,
+        max_rate_bytes_per_second=settings.download.max_rate_bytes_per_second,
+        patience=Patience(
+            settings.download.stall_timeout_seconds,
+            settings.download.least_rate_bytes_per_second,
+            settings.download.least_rate_window_seconds,
+        ),
     )
 
     async def resources(app: web.Application) -> AsyncIterator[None]:

@@ -120,6 +120,10 @@ class DownloadSettings(_Section):
     sendfile: bool = True
     slice_bytes: Annotated[int, Field(ge=4096, le=64 * 1024 * 1024)] = 524288
     max_ranges: Annotated[int, Field(ge=1, le=1000)] = 16
+    max_rate_bytes_per_second: Annotated[int, Field(ge=0)] = 0
+    stall_timeout_seconds: Seconds = 60.0
+    least_rate_bytes_per_second: Annotated[int, Field(ge=0)] = 0
+    least_rate_window_seconds: Seconds = 60.0
 
 
 class RetentionSettings(_Section):

@@ -1,16 +1,14 @@
 """The package is read and written in chunks, for connections that sendfile cannot serve (TLS)."""
 
 import asyncio
-import errno
-import os
 
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.web import StreamResponse
 
+from exportd.delivery import cold
 from exportd.delivery.outcome import DeliveryAborted, PackageUnreadable, Progress
+from exportd.delivery.pacing import Pacer
 from exportd.packages.store import OpenPackage, PackageChanged
-
-_NO_WAIT = getattr(os, "RWF_NOWAIT", 0)
 
 
 async def send_by_chunks(
@@ -23,6 +21,7 @@ async def send_by_chunks(
     *,
     chunk_size: int,
     progress: Progress,
+    pacer: Pacer | None,
 ) -> None:
     """Sends ``length`` bytes of an open package from ``start`` on, a few chunks ahead of the client at most.
 
@@ -42,6 +41,8 @@ async def send_by_chunks(
             offset += len(chunk)
             written += len(chunk)
             progress.bytes_sent = written - transport.get_write_buffer_size()
+            if pacer is not None:
+                await pacer.pace(len(chunk))
         # A limit of zero makes drain() wait until the transport holds nothing back.
         transport.set_write_buffer_limits(high=0)
         await writer.drain()
@@ -55,30 +56,10 @@ async def send_by_chunks(
 
 
 async def _read(package: OpenPackage, offset: int, size: int) -> bytes:
-    """Reads without ever blocking the loop: from memory if the pages are there, else in a thread."""
     try:
-        data = _read_from_memory(package.descriptor, offset, size)
-        if data is None:
-            loop = asyncio.get_running_loop()
-            data = await loop.run_in_executor(None, os.pread, package.descriptor, size, offset)
+        data = await cold.read(package.descriptor, offset, size)
         # After the read: what was read before the file was written to is what was promised.
         package.check_unchanged()
     except OSError as error:
         raise PackageUnreadable(error.strerror or str(error)) from error
     return data
-
-
-def _read_from_memory(descriptor: int, offset: int, size: int) -> bytes | None:
-    """None where the kernel cannot read at once, or cannot tell."""
-    if not _NO_WAIT:
-        return None
-    buffer = bytearray(size)
-    try:
-        count = os.preadv(descriptor, [buffer], offset, _NO_WAIT)
-    except BlockingIOError:
-        return None
-    except OSError as error:
-        if error.errno == errno.EOPNOTSUPP:
-            return None
-        raise
-    return bytes(memoryview(buffer)[:count])

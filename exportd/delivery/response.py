@@ -14,7 +14,9 @@ from aiohttp.web import Request, StreamResponse
 
 from exportd.delivery.chunks import send_by_chunks
 from exportd.delivery.outcome import Delivery, DeliveryAborted, PackageUnreadable, Progress
+from exportd.delivery.pacing import Pacer, pace_by_kernel
 from exportd.delivery.sendfile import SendfileUnsupported, send_by_sendfile
+from exportd.delivery.watch import Patience, Watch
 from exportd.http.body import Segment
 from exportd.http.ranges import ByteRange
 from exportd.packages.store import OpenPackage, PackageChanged
@@ -22,11 +24,13 @@ from exportd.packages.store import OpenPackage, PackageChanged
 
 @dataclass(frozen=True, slots=True)
 class DeliveryOptions:
-    """``sendfile``: use it where it is possible; sizes are in bytes."""
+    """``sendfile``: use it where it is possible; sizes are in bytes; a rate of 0 is no limit."""
 
     sendfile: bool
     slice_bytes: int
     chunk_size: int
+    max_rate_bytes_per_second: int
+    patience: Patience
 
 
 async def deliver(
@@ -55,8 +59,9 @@ async def deliver(
     except asyncio.CancelledError:
         outcome, reason = "aborted", "shutdown"
     except BaseException:
-        # A defect: no error page may follow headers that are out already.
-        sending.abort()
+        # A defect, or no descriptor left: an error page may follow only if no headers are out.
+        if response.prepared:
+            sending.abort()
         raise
     if outcome != "completed":
         sending.abort()
@@ -90,18 +95,25 @@ class _Sending:
     async def send(self, segments: Sequence[Segment]) -> None:
         """Raises DeliveryAborted, PackageUnreadable and PackageChanged."""
         transport = self._transport
-        if transport is None:
+        if transport is None or transport.is_closing():
             raise DeliveryAborted("client disconnected")
-        try:
-            writer = await self._send_headers(transport)
-            for segment in segments:
-                if isinstance(segment, ByteRange):
-                    await self._send_range(transport, writer, segment)
-                else:
-                    await self._response.write(segment)
-                    await self._flush(transport, writer)
-        except ConnectionError as error:
-            raise DeliveryAborted(str(error) or "client disconnected") from error
+        with Watch(transport, self.progress, self._options.patience) as watch:
+            pacer = self._limit_rate(watch)
+            try:
+                writer = await self._send_headers(transport)
+                for segment in segments:
+                    if isinstance(segment, ByteRange):
+                        await self._send_range(transport, writer, segment, watch, pacer)
+                    else:
+                        await self._response.write(segment)
+                        await self._flush(transport, writer)
+            except ConnectionError as error:
+                raise DeliveryAborted(watch.reason or str(error) or "client disconnected") from error
+            except DeliveryAborted as error:
+                raise DeliveryAborted(watch.reason or str(error)) from error
+            finally:
+                if self._options.max_rate_bytes_per_second:
+                    pace_by_kernel(watch.connection, 0)
         try:
             # The last bytes may still wait in the socket, which holds the file's own pages.
             self._package.check_unchanged()
@@ -114,6 +126,14 @@ class _Sending:
         if self._transport is not None:
             self._transport.abort()
 
+    def _limit_rate(self, watch: Watch) -> Pacer | None:
+        """Keeps the limit by the kernel; where it cannot, by chunks and a pacer."""
+        rate = self._options.max_rate_bytes_per_second
+        if not rate or pace_by_kernel(watch.connection, rate):
+            return None
+        self.by_kernel = False
+        return Pacer(rate)
+
     async def _send_headers(self, transport: asyncio.Transport) -> AbstractStreamWriter:
         if self.by_kernel:
             # With a limit of zero the bytes go to the socket at once; uvloop would queue them.
@@ -124,7 +144,12 @@ class _Sending:
         return writer
 
     async def _send_range(
-        self, transport: asyncio.Transport, writer: AbstractStreamWriter, part: ByteRange
+        self,
+        transport: asyncio.Transport,
+        writer: AbstractStreamWriter,
+        part: ByteRange,
+        watch: Watch,
+        pacer: Pacer | None,
     ) -> None:
         if not part.length:
             return
@@ -138,6 +163,7 @@ class _Sending:
                     part.length,
                     slice_bytes=self._options.slice_bytes,
                     progress=self.progress,
+                    watch=watch,
                 )
             except SendfileUnsupported:
                 self.by_kernel = False
@@ -153,6 +179,7 @@ class _Sending:
             part.length - sent,
             chunk_size=self._options.chunk_size,
             progress=self.progress,
+            pacer=pacer,
         )
 
     async def _flush(self, transport: asyncio.Transport, writer: AbstractStreamWriter) -> None:

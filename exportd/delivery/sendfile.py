@@ -8,7 +8,9 @@ import asyncio
 import errno
 import os
 
+from exportd.delivery.cold import is_resident, make_resident
 from exportd.delivery.outcome import DeliveryAborted, PackageUnreadable, Progress
+from exportd.delivery.watch import Watch
 from exportd.packages.store import OpenPackage, PackageChanged
 
 # What a socket says when the other side has gone; ConnectionError covers the rest.
@@ -28,55 +30,39 @@ async def send_by_sendfile(
     *,
     slice_bytes: int,
     progress: Progress,
+    watch: Watch,
 ) -> None:
     """Sends ``length`` bytes of an open package from ``start`` on, in slices with a turn of the loop between.
 
     ``progress`` moves with every byte the kernel took, so after SendfileUnsupported the caller can go on
-    from there. Raises DeliveryAborted when the client is gone, PackageChanged before a slice of a package
-    that was written to, PackageUnreadable when it cannot be read.
+    from there. Raises DeliveryAborted when the client is gone or stalls, PackageChanged before a slice of a
+    package that was written to, PackageUnreadable when it cannot be read.
     """
-    loop = asyncio.get_running_loop()
     offset, stop = start, start + length
-    try:
-        connection = os.dup(transport.get_extra_info("socket").fileno())
-    except OSError as error:
-        # No descriptor left, perhaps; chunks need none.
-        raise SendfileUnsupported(error.strerror) from error
-    try:
-        while True:
-            if transport.is_closing():
-                raise DeliveryAborted("client disconnected")
-            try:
-                package.check_unchanged()
-                sent = os.sendfile(connection, package.descriptor, offset, min(slice_bytes, stop - offset))
-            except BlockingIOError:
-                await _wait_until_writable(loop, connection)
-                continue
-            except OSError as error:
-                raise _translate(error) from error
-            if sent == 0:
-                raise PackageChanged(f"the file ends at byte {offset}")
-            offset += sent
-            progress.bytes_sent += sent
-            if offset == stop:
-                return
-            await asyncio.sleep(0)
-    finally:
-        os.close(connection)
-
-
-async def _wait_until_writable(loop: asyncio.AbstractEventLoop, connection: int) -> None:
-    writable = loop.create_future()
-    loop.add_writer(connection, _set, writable)
-    try:
-        await writable
-    finally:
-        loop.remove_writer(connection)
-
-
-def _set(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
+    resident_until = start
+    while True:
+        if transport.is_closing():
+            raise DeliveryAborted("client disconnected")
+        count = min(slice_bytes, stop - offset)
+        try:
+            if offset + count > resident_until:
+                if not is_resident(package.descriptor, offset, count):
+                    await make_resident(package.descriptor, offset, count)
+                resident_until = offset + count
+            package.check_unchanged()
+            sent = os.sendfile(watch.connection, package.descriptor, offset, count)
+        except BlockingIOError:
+            await watch.wait_until_writable()
+            continue
+        except OSError as error:
+            raise _translate(error) from error
+        if sent == 0:
+            raise PackageChanged(f"the file ends at byte {offset}")
+        offset += sent
+        progress.bytes_sent += sent
+        if offset == stop:
+            return
+        await asyncio.sleep(0)
 
 
 def _translate(error: OSError) -> Exception:

@@ -14,7 +14,7 @@ import structlog
 from aiohttp.test_utils import TestClient
 
 from exportd.api.middleware import LIFECYCLE
-from exportd.delivery import chunks, sendfile
+from exportd.delivery import cold, sendfile, watch
 from exportd.packages.store import OpenPackage
 from tests.support.application import ANN, Jobs, Package, Start, noise
 from tests.support.postgres import query
@@ -246,16 +246,18 @@ async def test_a_kernel_that_refuses_sendfile_loses_and_doubles_no_byte(
     assert [entry["method"] for entry in logs if entry["event"] == "download_completed"] == ["chunks"]
 
 
-async def test_no_descriptor_left_for_sendfile_means_chunks(
-    start: Start, jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+async def test_no_descriptor_left_is_an_error_before_any_header(
+    client: Client, jobs: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    client = await start(download={"sendfile": True})
     package = jobs.add(noise(500_000))
 
     def refusing(_: int) -> int:
         raise OSError(errno.EMFILE, "Too many open files")
 
-    monkeypatch.setattr(sendfile.os, "dup", refusing)
+    with monkeypatch.context() as patch:
+        patch.setattr(watch.os, "dup", refusing)
+        async with client.get(package.url, headers=ANN) as response:
+            assert (response.status, (await response.json())["code"]) == (500, "INTERNAL_ERROR")
     async with client.get(package.url, headers=ANN) as response:
         assert await response.read() == package.content
 
@@ -307,7 +309,7 @@ async def test_chunks_are_read_in_a_thread_where_the_kernel_cannot_promise_not_t
         raise OSError(errno.EOPNOTSUPP, "not supported")
 
     if mode == "no such flag":
-        monkeypatch.setattr(chunks, "_NO_WAIT", 0)
+        monkeypatch.setattr(cold, "_NO_WAIT", 0)
     else:
         monkeypatch.setattr(os, "preadv", refusing)
     async with client.get(package.url, headers=ANN) as response:

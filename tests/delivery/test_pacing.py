@@ -1,0 +1,72 @@
+"""A limit on the rate is handed to the kernel, and lifted again; without one, chunks keep it."""
+
+import asyncio
+import socket
+import struct
+
+import pytest
+import structlog
+
+from exportd.delivery import pacing, response
+from tests.support.application import ANN, Jobs, Start, noise
+
+
+def pacing_rate(connection: socket.socket) -> int:
+    rate: int = struct.unpack("Q", connection.getsockopt(socket.SOL_SOCKET, 47, 8))[0]
+    return rate
+
+
+def test_the_kernel_is_given_the_rate_and_no_more() -> None:
+    with socket.socket() as connection:
+        assert pacing.pace_by_kernel(connection.fileno(), 5_000_000)
+        assert pacing_rate(connection) == 5_000_000
+        assert pacing.pace_by_kernel(connection.fileno(), 0)
+        assert pacing_rate(connection) == 2**64 - 1
+        # The descriptor is still its owner's.
+        assert connection.fileno() >= 0
+
+
+@pytest.mark.parametrize("sender", ["sendfile", "chunks"], indirect=True)
+async def test_a_download_is_paced_and_the_connection_freed_of_it(
+    start: Start, jobs: Jobs, sender: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = await start(download={"sendfile": sender == "sendfile", "max_rate_bytes_per_second": 50_000_000})
+    package = jobs.add(noise(500_000))
+    rates: list[int] = []
+    real = pacing.pace_by_kernel
+
+    def noting(connection: int, rate: int) -> bool:
+        rates.append(rate)
+        return real(connection, rate)
+
+    monkeypatch.setattr(response, "pace_by_kernel", noting)
+    async with client.get(package.url, headers=ANN) as answer:
+        assert await answer.read() == package.content
+    assert rates == [50_000_000, 0]
+
+
+async def test_where_the_kernel_cannot_chunks_keep_the_rate(
+    start: Start, jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = await start(download={"max_rate_bytes_per_second": 10_000_000})
+    package = jobs.add(noise(1_000_000))
+    monkeypatch.setattr(response, "pace_by_kernel", lambda *_: False)
+    waits: list[float] = []
+    real = asyncio.sleep
+
+    async def noting(delay: float, *arguments: object) -> None:
+        waits.append(delay)
+        await real(0)
+
+    monkeypatch.setattr(pacing.asyncio, "sleep", noting)
+    with structlog.testing.capture_logs() as logs:
+        async with client.get(package.url, headers=ANN) as answer:
+            assert await answer.read() == package.content
+    assert next(entry for entry in logs if entry["event"] == "download_completed")["method"] == "chunks"
+    # One second's worth in ten: the last chunk is due about a tenth of a second after the first.
+    assert 0.05 < max(waits) <= 0.1
+
+
+def test_a_system_without_the_option_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pacing.sys, "platform", "darwin")
+    assert not pacing.pace_by_kernel(-1, 1)
