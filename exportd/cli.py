@@ -33,7 +33,7 @@ from exportd.db.migrate import (
 )
 from exportd.db.pool import DatabaseUnavailable
 from exportd.packages.pack import DraftPackage, PackError, Progress, draft_package, measure_source
-from exportd.server import Listener, ServerError, serve
+from exportd.server import Listener, MakeApp, ServerError, serve
 from exportd.settings import Key, Settings, SettingsError, load_settings
 from exportd.telemetry.logging import configure_logging
 
@@ -93,14 +93,31 @@ def cli() -> None:
 @config_option
 @click.option("--host", help="Address to listen on.")
 @click.option("--port", type=int, help="Port to listen on; 0 takes any free one.")
-def serve_command(config_file: Path | None, host: str | None, port: int | None) -> None:
-    """Runs the daemon. Logs go to stdout, one JSON object a line."""
-    given: dict[Key, object] = {("server", "host"): host, ("server", "port"): port}
+@click.option("--workers", type=int, help="Processes that serve; more than one run under gunicorn.")
+def serve_command(config_file: Path | None, host: str | None, port: int | None, workers: int | None) -> None:
+    """Runs the daemon. Logs go to stdout, one JSON object a line.
+
+    SIGTERM drains, a second one aborts. With several workers, SIGHUP replaces them one by one; they read the
+    configuration anew, except where to listen and which database.
+    """
+    given: dict[Key, object] = {
+        ("server", "host"): host,
+        ("server", "port"): port,
+        ("server", "workers"): workers,
+    }
     options = {key: value for key, value in given.items() if value is not None}
     settings = load_settings(config_file, os.environ, options)
     configure_logging(settings.logging.level, settings.logging.format, sys.stdout)
+
+    def present_settings() -> Settings:
+        try:
+            return load_settings(config_file, os.environ, options)
+        except SettingsError as error:
+            log.error("settings_not_reloaded", problems=error.problems)
+            return settings
+
     with _database(settings) as dsn:
-        status = _serve(settings, dsn)
+        status = _serve(settings, lambda: make_app(present_settings(), dsn))
     sys.exit(status)
 
 
@@ -181,13 +198,18 @@ def demo(config_file: Path | None) -> None:
         with tempfile.TemporaryDirectory(prefix="exportd-demo-") as folder:
             sample = _write_sample(Path(folder) / "sample-export")
             published = _publish(settings, dsn, sample, "alice", "Sample Export", None, lambda _: None)
-        _serve(settings, dsn, lambda url: _print_demo(settings, published, url))
+        _serve(settings, lambda: make_app(settings, dsn), lambda url: _print_demo(settings, published, url))
 
 
-def _serve(settings: Settings, dsn: str, on_started: Callable[[str], None] | None = None) -> int:
+def _serve(settings: Settings, make: MakeApp, on_started: Callable[[str], None] = lambda _: None) -> int:
     server = settings.server
-    listener = Listener(server.host, server.port, server.tls_cert, server.tls_key)
-    return serve(make_app(settings, dsn), listener, server.drain_timeout_seconds, on_started)
+    return serve(
+        make,
+        Listener(server.host, server.port, server.tls_cert, server.tls_key),
+        workers=server.workers,
+        drain_timeout_seconds=server.drain_timeout_seconds,
+        on_started=on_started,
+    )
 
 
 def _print_demo(settings: Settings, published: dict[str, Any], url: str) -> None:

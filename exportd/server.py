@@ -1,24 +1,35 @@
-"""The process: sockets, signals, draining."""
+"""The processes: sockets, signals, draining. One process runs by itself, several under gunicorn."""
 
 import asyncio
+import contextlib
+import logging
 import os
 import signal
+import socket
 import ssl
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import structlog
 import uvloop
 from aiohttp import web
+from gunicorn.app.base import BaseApplication
+from gunicorn.glogging import Logger
 
 from exportd.api.middleware import LIFECYCLE
 
 log = structlog.get_logger()
 
+MakeApp = Callable[[], web.Application]
+
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_BACKLOG = 1024
 # After a drain: how long aborted downloads may take to be recorded.
 _ABORT_SECONDS = 20.0
+# A worker that has not turned its loop for this long, beyond what a drain takes, is replaced.
+_HUNG_SECONDS = 60
 
 
 class ServerError(Exception):
@@ -36,76 +47,163 @@ class Listener:
 
 
 def serve(
-    app: web.Application,
+    make_app: MakeApp,
     listener: Listener,
+    *,
+    workers: int,
     drain_timeout_seconds: float,
-    on_started: Callable[[str], None] | None = None,
+    on_started: Callable[[str], None] = lambda _: None,
 ) -> int:
     """Serves until SIGTERM or SIGINT and returns the exit status: 0 after a drain, 1 after one cut short.
 
     The first signal stops accepting and lets running requests finish for ``drain_timeout_seconds``; a second
-    one aborts them at once. ``on_started`` is told the address. Raises ServerError, and whatever the
-    application's start-up raises.
+    one aborts them at once. ``make_app`` is called in each process that serves; ``on_started`` is told the
+    address. Raises ServerError, and whatever the application's start-up raises.
     """
-    return uvloop.run(_serve(app, listener, drain_timeout_seconds, on_started))
+    _tls_context(listener)  # a certificate that cannot be used is told before anything starts
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(opened) for opened in _listen(listener)]
+        url = _address(listener, sockets[0])
+
+        def started() -> None:
+            log.info("server_started", url=url, workers=workers)
+            on_started(url)
+
+        if workers == 1:
+            return uvloop.run(_serve(make_app, listener, sockets, drain_timeout_seconds, started))
+        return _serve_by_workers(make_app, listener, sockets, workers, drain_timeout_seconds, started)
+
+
+class _DrainingRunner(web.AppRunner):
+    """A runner whose clean-up first lets running requests finish."""
+
+    def __init__(self, app: web.Application, drain_timeout_seconds: float) -> None:
+        super().__init__(app, access_log=None, handle_signals=False, shutdown_timeout=1.0)
+        self._drain_timeout_seconds = drain_timeout_seconds
+        self.abort = asyncio.Event()
+
+    async def cleanup(self) -> None:
+        if self.server is not None:
+            await self._drain()
+        await super().cleanup()
+
+    async def _drain(self) -> None:
+        lifecycle = self.app[LIFECYCLE]
+        lifecycle.is_draining = True
+        log.info("server_draining", timeout_seconds=self._drain_timeout_seconds)
+        for site in list(self.sites):
+            await site.stop()
+        idle = asyncio.ensure_future(lifecycle.wait_until_idle(self._drain_timeout_seconds))
+        second_signal = asyncio.ensure_future(self.abort.wait())
+        await asyncio.wait([idle, second_signal], return_when=asyncio.FIRST_COMPLETED)
+        second_signal.cancel()
+        idle.cancel()
+        aborted = lifecycle.cancel_all()
+        if aborted:
+            await lifecycle.wait_until_idle(_ABORT_SECONDS)
+        log.info("server_stopped", requests_aborted=aborted)
 
 
 async def _serve(
-    app: web.Application,
+    make_app: MakeApp,
     listener: Listener,
+    sockets: list[socket.socket],
     drain_timeout_seconds: float,
-    on_started: Callable[[str], None] | None,
+    started: Callable[[], None],
 ) -> int:
-    stop, abort = asyncio.Event(), asyncio.Event()
+    runner = _DrainingRunner(make_app(), drain_timeout_seconds)
+    stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in _SIGNALS:
-        loop.add_signal_handler(number, _on_signal, stop, abort)
-    runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=1.0)
+        loop.add_signal_handler(number, lambda: (runner.abort if stop.is_set() else stop).set())
     try:
         await runner.setup()
-        site = web.TCPSite(
-            runner, listener.host, listener.port, ssl_context=_tls_context(listener), backlog=1024
-        )
-        try:
-            await site.start()
-        except OSError as error:
-            # The loop's own text repeats the address.
-            reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
-            raise ServerError(f"cannot listen on {listener.host}:{listener.port}: {reason}") from error
-        scheme = "https" if listener.tls_cert else "http"
-        host, port = runner.addresses[0][:2]
-        url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
-        log.info("server_started", url=url)
-        if on_started is not None:
-            on_started(url)
+        for opened in sockets:
+            await web.SockSite(runner, opened, ssl_context=_tls_context(listener), backlog=_BACKLOG).start()
+        started()
         await stop.wait()
-        return await _drain(app, site, abort, drain_timeout_seconds)
     finally:
         await runner.cleanup()
+    return 1 if runner.abort.is_set() else 0
 
 
-def _on_signal(stop: asyncio.Event, abort: asyncio.Event) -> None:
-    (abort if stop.is_set() else stop).set()
-
-
-async def _drain(
-    app: web.Application, site: web.TCPSite, abort: asyncio.Event, drain_timeout_seconds: float
+def _serve_by_workers(
+    make_app: MakeApp,
+    listener: Listener,
+    sockets: list[socket.socket],
+    workers: int,
+    drain_timeout_seconds: float,
+    started: Callable[[], None],
 ) -> int:
-    lifecycle = app[LIFECYCLE]
-    lifecycle.is_draining = True
-    log.info("server_draining", timeout_seconds=drain_timeout_seconds)
-    await site.stop()
-    idle = asyncio.ensure_future(lifecycle.wait_until_idle(drain_timeout_seconds))
-    second_signal = asyncio.ensure_future(abort.wait())
-    await asyncio.wait([idle, second_signal], return_when=asyncio.FIRST_COMPLETED)
-    cut_short = second_signal.done()
-    second_signal.cancel()
-    idle.cancel()
-    aborted = lifecycle.cancel_all()
-    if aborted:
-        await lifecycle.wait_until_idle(_ABORT_SECONDS)
-    log.info("server_stopped", requests_aborted=aborted)
-    return 1 if cut_short else 0
+    async def make_runner() -> web.AppRunner:
+        return _DrainingRunner(make_app(), drain_timeout_seconds)
+
+    stopping_seconds = int(drain_timeout_seconds + _ABORT_SECONDS) + 1
+    options = {
+        # gunicorn makes the descriptors its own, and closes them.
+        "bind": [f"fd://{opened.detach()}" for opened in sockets],
+        "workers": workers,
+        "worker_class": "aiohttp.GunicornUVLoopWebWorker",
+        "graceful_timeout": stopping_seconds,
+        "timeout": stopping_seconds + _HUNG_SECONDS,
+        "certfile": str(listener.tls_cert) if listener.tls_cert else None,
+        "keyfile": str(listener.tls_key) if listener.tls_key else None,
+        "logger_class": _GunicornLogger,
+        "when_ready": lambda _: started(),
+        "control_socket_disable": True,
+    }
+    try:
+        _Gunicorn(options, make_runner).run()
+    except SystemExit as exit_request:
+        return int(exit_request.code or 0)
+    return 0
+
+
+class _Gunicorn(BaseApplication):  # type: ignore[misc]  # gunicorn has no types
+    def __init__(self, options: dict[str, Any], make_runner: Callable[[], Awaitable[web.AppRunner]]) -> None:
+        self._options = options
+        self._make_runner = make_runner
+        super().__init__()
+
+    def load_config(self) -> None:
+        for name, value in self._options.items():
+            self.cfg.set(name, value)
+
+    def load(self) -> Callable[[], Awaitable[web.AppRunner]]:
+        return self._make_runner
+
+
+class _GunicornLogger(Logger):  # type: ignore[misc]
+    """gunicorn's messages go where all others go; it would set up streams of its own."""
+
+    def setup(self, cfg: Any) -> None:
+        self.error_log.propagate = True
+        self.error_log.setLevel(logging.WARNING)
+        self.access_log.disabled = True
+
+
+def _listen(listener: Listener) -> list[socket.socket]:
+    """A listening socket for each address of the host, all on one port. Raises ServerError."""
+    port = listener.port
+    sockets: list[socket.socket] = []
+    try:
+        found = socket.getaddrinfo(listener.host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, host in dict.fromkeys((entry[0], str(entry[4][0])) for entry in found):
+            sockets.append(socket.create_server((host, port), family=family, backlog=_BACKLOG))
+            port = sockets[0].getsockname()[1]
+    except OSError as error:
+        for opened in sockets:
+            opened.close()
+        # The loops' and getaddrinfo's own texts say too much or too little.
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
+        raise ServerError(f"cannot listen on {listener.host}:{listener.port}: {reason}") from error
+    return sockets
+
+
+def _address(listener: Listener, opened: socket.socket) -> str:
+    host, port = opened.getsockname()[:2]
+    scheme = "https" if listener.tls_cert else "http"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def _tls_context(listener: Listener) -> ssl.SSLContext | None:

@@ -69,6 +69,7 @@ class ServerSettings(_Section):
 
     host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8080
+    workers: Annotated[int, Field(ge=1, le=256)] = 1
     base_path: Annotated[str, AfterValidator(_check_base_path)] = "/api/tool-registry"
     drain_timeout_seconds: Annotated[float, Field(ge=0, le=86400 * 7)] = 60.0
     tls_cert: OptionalPath = None

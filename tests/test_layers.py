@@ -33,6 +33,7 @@ DOORS = {
     "jwt": {"auth/tokens.py"},
     "isal": {"packages/pack.py"},
     "uvloop": {"server.py"},
+    "gunicorn": {"server.py"},
     "click": {"cli.py"},
     "pydantic": {"settings.py"},
 }

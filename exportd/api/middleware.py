@@ -38,11 +38,12 @@ async def edge(request: web.Request, handler: Handler) -> web.StreamResponse:
     structlog.contextvars.clear_contextvars()
     structlog.contextvars.bind_contextvars(request_id=request_id)
     lifecycle = request.app[LIFECYCLE]
+    response: web.StreamResponse
     with lifecycle.request_under_way():
         try:
             if lifecycle.is_draining and request.path not in _PROBES:
                 raise ShuttingDown
-            return await handler(request)
+            response = await handler(request)
         except ApiError as error:
             response = error_response(error, request_id)
         except web.HTTPNotFound:
@@ -57,6 +58,7 @@ async def edge(request: web.Request, handler: Handler) -> web.StreamResponse:
             log.exception("request_failed", method=request.method, path=request.path)
             response = error_response(InternalError(), request_id)
     if lifecycle.is_draining:
+        # A client that reads to the connection's end must not wait for everybody else's.
         response.force_close()
     return response
 

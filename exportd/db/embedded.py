@@ -50,14 +50,17 @@ def embedded_server(data_dir: Path) -> Iterator[str]:
             raise EmbeddedServerError(
                 f"the embedded PostgreSQL did not start; see {folder / 'log'}: {error}"
             ) from error
+        owner = os.getpid()
         try:
             yield str(server.get_uri())
         finally:
-            atexit.unregister(server._cleanup)
-            pgserver.PostgresServer._instances.pop(folder, None)
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                server.stop()
+            # A forked worker leaves by here too; the lock and the server are its parent's.
+            if os.getpid() == owner:
+                atexit.unregister(server._cleanup)
+                pgserver.PostgresServer._instances.pop(folder, None)
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    server.stop()
 
 
 def _import_pgserver(data_dir: Path):  # type: ignore[no-untyped-def]  # the package has no types

@@ -192,7 +192,7 @@ def test_sigterm_lets_running_downloads_finish(exportd: Exportd, large_source: P
     idle = http.client.HTTPConnection("127.0.0.1", daemon.port)
     idle.request("GET", "/readyz")
     assert idle.getresponse().read()
-    slow = SlowDownload(daemon, published)
+    slow, slower = SlowDownload(daemon, published), SlowDownload(daemon, published)
     port = daemon.port
     daemon.process.send_signal(signal.SIGTERM)
     daemon.wait_for_event("server_draining")
@@ -207,9 +207,11 @@ def test_sigterm_lets_running_downloads_finish(exportd: Exportd, large_source: P
     assert response.getheader("Connection") == "close"
     idle.close()
 
+    # Both read to the connection's end, which for the first comes while the second is under way.
     assert sha256(slow.finish()) == published["sha256"]
+    assert sha256(slower.finish()) == published["sha256"]
     assert daemon.process.wait(60) == 0
-    assert query(exportd.dsn, "SELECT download_count FROM export_jobs") == [(1,)]
+    assert query(exportd.dsn, "SELECT download_count FROM export_jobs") == [(2,)]
 
 
 def test_readiness_ends_with_sigterm(exportd: Exportd, large_source: Path) -> None:
