@@ -35,7 +35,7 @@ from exportd.db.pool import DatabaseUnavailable
 from exportd.packages.pack import DraftPackage, PackError, Progress, draft_package, measure_source
 from exportd.server import Listener, MakeApp, ServerError, serve
 from exportd.settings import Key, Settings, SettingsError, load_settings
-from exportd.telemetry.logging import configure_logging
+from exportd.telemetry.logging import configure_logging, reopen_logs, stop_logging
 
 log = structlog.get_logger()
 
@@ -78,6 +78,7 @@ def _exit_on_signal(number: int, _frame: object) -> NoReturn:
 
 
 def _fail(*problems: str, status: int = 1) -> NoReturn:
+    stop_logging()
     for problem in problems:
         click.echo(f"exportd: {problem}", err=True)
     sys.exit(status)
@@ -97,8 +98,8 @@ def cli() -> None:
 def serve_command(config_file: Path | None, host: str | None, port: int | None, workers: int | None) -> None:
     """Runs the daemon. Logs go to stdout, one JSON object a line.
 
-    SIGTERM drains, a second one aborts. With several workers, SIGHUP replaces them one by one; they read the
-    configuration anew, except where to listen and which database.
+    SIGTERM drains, a second one aborts. SIGHUP opens the download log anew; with several workers it replaces
+    them, and the new ones read the configuration anew, except where to listen and which database.
     """
     given: dict[Key, object] = {
         ("server", "host"): host,
@@ -107,7 +108,7 @@ def serve_command(config_file: Path | None, host: str | None, port: int | None, 
     }
     options = {key: value for key, value in given.items() if value is not None}
     settings = load_settings(config_file, os.environ, options)
-    configure_logging(settings.logging.level, settings.logging.format, sys.stdout)
+    _log_to_stdout(settings)
 
     def present_settings() -> Settings:
         try:
@@ -193,7 +194,7 @@ def migrate_status_command(config_file: Path | None) -> None:
 def demo(config_file: Path | None) -> None:
     """Packs a sample, starts the daemon, and prints the curl line that downloads it."""
     settings = load_settings(config_file, os.environ)
-    configure_logging(settings.logging.level, settings.logging.format, sys.stdout)
+    _log_to_stdout(settings)
     with _database(settings) as dsn:
         with tempfile.TemporaryDirectory(prefix="exportd-demo-") as folder:
             sample = _write_sample(Path(folder) / "sample-export")
@@ -208,6 +209,7 @@ def _serve(settings: Settings, make: MakeApp, on_started: Callable[[str], None] 
         Listener(server.host, server.port, server.tls_cert, server.tls_key),
         workers=server.workers,
         drain_timeout_seconds=server.drain_timeout_seconds,
+        on_hangup=reopen_logs,
         on_started=on_started,
     )
 
@@ -335,6 +337,15 @@ def _database(settings: Settings, *, migrated: bool = True) -> Iterator[str]:
             if migrated and not all(migration.is_applied for migration in migration_status(dsn)):
                 raise MigrationError("the database's schema is not up to date: run `exportd migrate up`")
         yield dsn
+
+
+def _log_to_stdout(settings: Settings) -> None:
+    try:
+        configure_logging(
+            settings.logging.level, settings.logging.format, sys.stdout, settings.logging.download_log
+        )
+    except OSError as error:
+        raise SettingsError([f"logging.download_log: cannot be opened: {error.strerror}"]) from error
 
 
 def _quiet_settings(config_file: Path | None) -> Settings:

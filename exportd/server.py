@@ -52,13 +52,15 @@ def serve(
     *,
     workers: int,
     drain_timeout_seconds: float,
+    on_hangup: Callable[[], None],
     on_started: Callable[[str], None] = lambda _: None,
 ) -> int:
     """Serves until SIGTERM or SIGINT and returns the exit status: 0 after a drain, 1 after one cut short.
 
     The first signal stops accepting and lets running requests finish for ``drain_timeout_seconds``; a second
     one aborts them at once. ``make_app`` is called in each process that serves; ``on_started`` is told the
-    address. Raises ServerError, and whatever the application's start-up raises.
+    address. SIGHUP calls ``on_hangup`` where one process serves, and replaces the processes where several do.
+    Raises ServerError, and whatever the application's start-up raises.
     """
     _tls_context(listener)  # a certificate that cannot be used is told before anything starts
     with contextlib.ExitStack() as stack:
@@ -70,7 +72,7 @@ def serve(
             on_started(url)
 
         if workers == 1:
-            return uvloop.run(_serve(make_app, listener, sockets, drain_timeout_seconds, started))
+            return uvloop.run(_serve(make_app, listener, sockets, drain_timeout_seconds, on_hangup, started))
         return _serve_by_workers(make_app, listener, sockets, workers, drain_timeout_seconds, started)
 
 
@@ -109,6 +111,7 @@ async def _serve(
     listener: Listener,
     sockets: list[socket.socket],
     drain_timeout_seconds: float,
+    on_hangup: Callable[[], None],
     started: Callable[[], None],
 ) -> int:
     runner = _DrainingRunner(make_app(), drain_timeout_seconds)
@@ -116,6 +119,7 @@ async def _serve(
     loop = asyncio.get_running_loop()
     for number in _SIGNALS:
         loop.add_signal_handler(number, lambda: (runner.abort if stop.is_set() else stop).set())
+    loop.add_signal_handler(signal.SIGHUP, on_hangup)
     try:
         await runner.setup()
         for opened in sockets:

@@ -138,6 +138,7 @@ class LoggingSettings(_Section):
 
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["json", "console"] = "json"
+    download_log: OptionalPath = None
 
 
 class Settings(_Section):

