@@ -54,17 +54,29 @@ CREATE TABLE download_events (
     received int8multirange NOT NULL,
     bytes_sent bigint NOT NULL,
     package_size_bytes bigint NOT NULL,
-    request_id text NOT NULL
+    request_id text NOT NULL,
+    bytes_acknowledged bigint NOT NULL DEFAULT 0,
+    reason text,
+    method text,
+    daemon_id uuid,
+    updated_at timestamptz NOT NULL DEFAULT now()
 );
 
 COMMENT ON TABLE download_events IS 'exportd: one row for each delivery';
 
--- What each principal has of a package so far.
+CREATE INDEX download_events_running ON download_events (updated_at) WHERE outcome = 'running';
+
+CREATE INDEX download_events_by_job ON download_events (job_id, started_at);
+
+CREATE INDEX download_events_by_age ON download_events (started_at);
+
+-- What each principal has of a package so far, since the last time it had the whole (completed_at).
 CREATE TABLE download_progress (
     job_id uuid NOT NULL,
     user_id text NOT NULL,
     received int8multirange NOT NULL DEFAULT '{}',
     updated_at timestamptz NOT NULL DEFAULT now(),
+    completed_at timestamptz NOT NULL DEFAULT '-infinity',
     PRIMARY KEY (job_id, user_id)
 );
 

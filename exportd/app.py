@@ -20,8 +20,8 @@ from exportd.api.lifecycle import Lifecycle
 from exportd.api.middleware import LIFECYCLE, edge, set_common_headers
 from exportd.api.statistics import download_statistics
 from exportd.auth.tokens import Tokens, load_or_make_secret
-from exportd.db.downloads import DownloadLedger
 from exportd.db.jobs import JobFinder
+from exportd.db.ledger import open_ledger
 from exportd.db.pool import Database, open_database
 from exportd.delivery.response import DeliveryOptions
 from exportd.delivery.watch import Patience
@@ -55,8 +55,9 @@ def make_app(settings: Settings, dsn: str) -> web.Application:
         _prepare_storage(settings)
         database = app[DATABASE] = await connect(settings, dsn)
         app[JOBS] = JobFinder(database)
-        app[LEDGER] = DownloadLedger(database)
+        ledger = app[LEDGER] = await open_ledger(database, settings.data_dir / "ledger")
         yield
+        await ledger.close()
         await database.close()
 
     app.cleanup_ctx.append(resources)

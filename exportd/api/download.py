@@ -4,6 +4,7 @@ It reads as the download flows: who asks, which job, may they, open, plan, deliv
 """
 
 import asyncio
+import time
 import uuid
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -22,14 +23,14 @@ from exportd.api.errors import (
     RangeNotSatisfiable,
     StorageError,
 )
-from exportd.api.middleware import REQUEST_ID
+from exportd.api.middleware import BEGAN_AT, REQUEST_ID
 from exportd.auth.permission import Decision, decide_download
 from exportd.auth.principal import Principal
-from exportd.db.downloads import DownloadLedger
 from exportd.db.jobs import JobFinder
-from exportd.db.pool import Database, DatabaseUnavailable
+from exportd.db.ledger import DownloadLedger
+from exportd.db.pool import Database
 from exportd.db.rows import DownloadEvent, Job
-from exportd.delivery.outcome import Delivery
+from exportd.delivery.outcome import Delivery, Progress
 from exportd.delivery.response import DeliveryOptions, deliver
 from exportd.http.body import Segment, frame_body
 from exportd.http.content_disposition import content_disposition
@@ -55,6 +56,7 @@ DELIVERY_OPTIONS = web.AppKey("delivery_options", DeliveryOptions)
 MAX_RANGES = web.AppKey("max_ranges", int)
 
 _CONTENT_TYPE = "application/gzip"
+_LONGEST_USER_AGENT = 256
 
 
 async def download_package(request: web.Request) -> web.StreamResponse:
@@ -171,90 +173,100 @@ async def _deliver(
     plan: Plan,
     segments: Sequence[Segment],
 ) -> web.StreamResponse:
-    started_at = datetime.now(UTC)
-    log.debug(
-        "download_started",
-        package_size_bytes=package.size_bytes,
-        bytes_requested=plan.body_length,
-        status=plan.status,
-    )
-    delivery = await deliver(request, response, package, segments, request.app[DELIVERY_OPTIONS])
-    event = DownloadEvent(
-        event_id=uuid.uuid4(),
-        job_id=job.job_id,
-        user_id=principal.user_id,
-        started_at=started_at,
-        duration_seconds=delivery.duration_seconds,
-        outcome=delivery.outcome,
-        http_status=plan.status,
-        requested=tuple((part.start, part.stop) for part in plan.parts),
-        received=_received(plan, delivery),
-        bytes_sent=delivery.bytes_sent,
-        package_size_bytes=package.size_bytes,
-        request_id=request[REQUEST_ID],
-    )
-    _log_end(delivery, event)
-    await _conclude(request.app, event)
+    progress = Progress()
+    started_at, started = datetime.now(UTC), time.monotonic()
+    ledger = request.app[LEDGER]
+    event_id = uuid.uuid4()
+
+    def describe(outcome: str, reason: str | None, method: str | None) -> DownloadEvent:
+        return DownloadEvent(
+            event_id=event_id,
+            job_id=job.job_id,
+            user_id=principal.user_id,
+            started_at=started_at,
+            duration_seconds=time.monotonic() - started,
+            outcome=outcome,
+            http_status=plan.status,
+            requested=tuple((part.start, part.stop) for part in plan.parts),
+            # Of a package that changed, nothing can be trusted.
+            received=() if outcome == "changed" else _first_bytes(plan, progress.bytes_acknowledged),
+            bytes_sent=progress.bytes_sent,
+            package_size_bytes=package.size_bytes,
+            request_id=request[REQUEST_ID],
+            bytes_acknowledged=progress.bytes_acknowledged,
+            reason=reason,
+            method=method,
+            daemon_id=ledger.daemon_id,
+        )
+
+    log.debug("download_started", package_size_bytes=package.size_bytes, status=plan.status)
+    with ledger.checkpoints(lambda: describe("running", None, None)):
+        delivery = await deliver(
+            request, response, package, segments, request.app[DELIVERY_OPTIONS], progress
+        )
+        event = describe(delivery.outcome, delivery.reason, delivery.method)
+        _log_end(request, plan, delivery, event)
+        recording = ledger.record(event)
+    await _conclude(recording, event)
     if delivery.reason == "shutdown":
         raise asyncio.CancelledError
     return response
 
 
-def _received(plan: Plan, delivery: Delivery) -> tuple[tuple[int, int], ...]:
-    """The bytes of the package that went out, as (start, stop); of one that changed, none can be trusted."""
-    if delivery.outcome == "changed":
-        return ()
-    left = delivery.bytes_sent
-    received = []
+def _first_bytes(plan: Plan, count: int) -> tuple[tuple[int, int], ...]:
+    """The first ``count`` bytes of the package's parts that were asked for, as (start, stop)."""
+    parts = []
     for part in plan.parts:
-        length = min(part.length, left)
+        length = min(part.length, count)
         if length:
-            received.append((part.start, part.start + length))
-        left -= length
-    return tuple(received)
+            parts.append((part.start, part.start + length))
+        count -= length
+    return tuple(parts)
 
 
-async def _conclude(app: web.Application, event: DownloadEvent) -> None:
-    """Records the delivery before the handler ends: nothing else is answered on this connection, and it is
+async def _conclude(recording: asyncio.Future[None], event: DownloadEvent) -> None:
+    """Waits for the record before the handler ends: nothing else is answered on this connection, and it is
     not closed, until the count is durable. A shutdown may cancel the handler, and not the record.
 
     Nothing is raised but cancellation: the answer is out, and an error page would become a second one.
     """
-    recording = app[LEDGER].record(event)
     cancelled = False
     while not recording.done():
         try:
             await asyncio.wait([recording])
         except asyncio.CancelledError:
             cancelled = True
-    error = recording.exception()
-    if isinstance(error, DatabaseUnavailable):
-        log.error(
-            "download_not_recorded", error=str(error), event_id=str(event.event_id), outcome=event.outcome
-        )
-    elif error is not None:
-        log.error(
-            "download_not_recorded", exc_info=error, event_id=str(event.event_id), outcome=event.outcome
-        )
+    if error := recording.exception():
+        log.error("download_not_recorded", exc_info=error, event_id=str(event.event_id))
     elif event.outcome == "changed":
         log.error("package_suspect")
     if cancelled:
         raise asyncio.CancelledError
 
 
-def _log_end(delivery: Delivery, event: DownloadEvent) -> None:
+def _log_end(request: web.Request, plan: Plan, delivery: Delivery, event: DownloadEvent) -> None:
+    first_byte = delivery.first_byte_at and round(delivery.first_byte_at - request[BEGAN_AT], 6)
     fields = {
+        "outcome": event.outcome,
+        "status": event.http_status,
         "package_size_bytes": event.package_size_bytes,
-        "bytes_requested": sum(stop - start for start, stop in event.requested),
-        "bytes_sent": delivery.bytes_sent,
+        "range": ",".join(f"{part.start}-{part.stop - 1}" for part in plan.parts)
+        if plan.status == 206
+        else None,
+        "bytes_requested": sum(part.length for part in plan.parts),
+        "bytes_sent": event.bytes_sent,
+        "bytes_acknowledged": event.bytes_acknowledged,
         "duration_seconds": round(delivery.duration_seconds, 6),
-        "bytes_per_second": round(delivery.bytes_sent / max(delivery.duration_seconds, 1e-6)),
+        "first_byte_seconds": first_byte,
+        "bytes_per_second": round(event.bytes_acknowledged / max(delivery.duration_seconds, 1e-6)),
         "method": delivery.method,
+        "client": request.remote,
+        "user_agent": request.headers.get("User-Agent", "")[:_LONGEST_USER_AGENT],
     }
-    match delivery.outcome:
+    match event.outcome:
         case "completed":
             log.info("download_completed", **fields)
         case "aborted":
-            log.info("download_aborted", reason=delivery.reason, **fields)
+            log.info("download_aborted", reason=event.reason, **fields)
         case _:
-            log.error("download_failed", reason=delivery.reason, **fields)
+            log.error("download_failed", reason=event.reason, **fields)

@@ -2,6 +2,7 @@
 
 import re
 import secrets
+import time
 
 import structlog
 from aiohttp import web
@@ -23,8 +24,10 @@ log = structlog.get_logger()
 
 LIFECYCLE = web.AppKey("lifecycle", Lifecycle)
 REQUEST_ID = web.RequestKey("request_id", str)
+BEGAN_AT = web.RequestKey("began_at", float)
 
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}", re.ASCII)
+_TRACE_PARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?", re.ASCII)
 _SERVER = "exportd"
 # A probe must be able to tell "draining" from "gone".
 _PROBES = ("/healthz", "/readyz")
@@ -33,10 +36,11 @@ _PROBES = ("/healthz", "/readyz")
 @web.middleware
 async def edge(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Gives the request its id and turns whatever is raised into an error response."""
+    request[BEGAN_AT] = time.monotonic()
     request_id = _request_id(request)
     request[REQUEST_ID] = request_id
     structlog.contextvars.clear_contextvars()
-    structlog.contextvars.bind_contextvars(request_id=request_id)
+    structlog.contextvars.bind_contextvars(request_id=request_id, **_trace_id(request))
     lifecycle = request.app[LIFECYCLE]
     response: web.StreamResponse
     with lifecycle.request_under_way():
@@ -73,3 +77,9 @@ async def set_common_headers(request: web.Request, response: web.StreamResponse)
 def _request_id(request: web.Request) -> str:
     given = request.headers.get("X-Request-ID", "")
     return given if _SANE_REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
+
+
+def _trace_id(request: web.Request) -> dict[str, str]:
+    """The caller's trace (W3C Trace Context), where one came."""
+    match = _TRACE_PARENT.fullmatch(request.headers.get("traceparent", ""))
+    return {"trace_id": match[1]} if match else {}

@@ -4,7 +4,7 @@ import orjson
 from aiohttp import web
 
 from exportd.api.access import authenticate, refuse, requested_job_id
-from exportd.api.download import DATABASE
+from exportd.api.download import DATABASE, LEDGER
 from exportd.api.errors import JobNotFound
 from exportd.auth.permission import may_see
 from exportd.db.jobs import find_statistics
@@ -14,6 +14,7 @@ async def download_statistics(request: web.Request) -> web.Response:
     """The count, the last time and the bytes of a job's downloads, for its creator or an admin."""
     job_id = requested_job_id(request)
     principal = authenticate(request)
+    await request.app[LEDGER].settle(job_id)
     statistics = await find_statistics(request.app[DATABASE], job_id)
     if statistics is None:
         raise JobNotFound

@@ -1,23 +1,25 @@
-"""The ledger of downloads: each delivery is one event, and a download is counted when one principal has
-received every byte of the package, in one delivery or in several that together cover it.
+"""Deliveries in SQL: each is one event, and a download is counted when one principal has received every byte
+of the package, in one delivery or in several that together cover it.
 
-Events that come in together are written together, in one statement and so one transaction: a thousand
-downloads of one hot package must not queue on its row. A lone event goes at once.
+The rule, event by event and principal by principal: what was received (acknowledged by the client's side)
+joins the principal's progress; when that covers the package, the count goes up by one and the progress is
+cleared. A statement takes, for each principal and job, either one partial delivery or any number of whole
+ones (``one_statement`` judges), so that writing together counts as writing one after the other. Everything is
+idempotent by the event's id.
+
+A delivery that runs is an event too, ``running``; it joins no progress, because it is not known where it will
+end. When its daemon is killed it is recorded as ``lost``, with what was acknowledged by the last checkpoint.
+What the client got after that is nowhere written; so when the same principal asks another daemon for the
+rest, from a byte within the lost delivery's range on, that byte is taken as the one it had reached.
 
 A delivery that ended because the package was written to (outcome ``changed``) marks the job as suspect: no
 download of it starts again until somebody has looked at it.
-
-The rule, event by event and principal by principal: what was received joins the principal's progress; when
-that covers the package, the count goes up by one and the progress is cleared. A statement takes, for each
-principal and job, either one partial delivery or any number of whole ones, so that writing together counts
-as writing one after the other.
 """
 
-import asyncio
+import re
 from collections.abc import Callable, Sequence
 from uuid import UUID
 
-from exportd.db.gather import Gatherer
 from exportd.db.pool import Database
 from exportd.db.rows import DownloadEvent
 
@@ -29,21 +31,33 @@ WITH given AS (
       FROM unnest(
         %(event_id)s::uuid[], %(job_id)s::uuid[], %(user_id)s::text[], %(started_at)s::timestamptz[],
         %(duration_seconds)s::double precision[], %(outcome)s::text[], %(http_status)s::smallint[],
-        %(requested)s::text[], %(received)s::text[], %(bytes_sent)s::bigint[],
-        %(package_size_bytes)s::bigint[], %(request_id)s::text[], %(is_whole)s::boolean[]
+        %(requested)s::int8multirange[], %(received)s::int8multirange[], %(bytes_sent)s::bigint[],
+        %(package_size_bytes)s::bigint[], %(request_id)s::text[], %(bytes_acknowledged)s::bigint[],
+        %(reason)s::text[], %(method)s::text[], %(daemon_id)s::uuid[], %(is_whole)s::boolean[]
       ) AS given(
         event_id, job_id, user_id, started_at, duration_seconds, outcome, http_status, requested, received,
-        bytes_sent, package_size_bytes, request_id, is_whole
+        bytes_sent, package_size_bytes, request_id, bytes_acknowledged, reason, method, daemon_id, is_whole
       )
 ), inserted AS (
-    INSERT INTO download_events (
+    INSERT INTO download_events AS known (
         event_id, job_id, user_id, started_at, duration_seconds, outcome, http_status, requested, received,
-        bytes_sent, package_size_bytes, request_id
+        bytes_sent, package_size_bytes, request_id, bytes_acknowledged, reason, method, daemon_id
     )
-    SELECT event_id, job_id, user_id, started_at, duration_seconds, outcome, http_status,
-           requested::int8multirange, received::int8multirange, bytes_sent, package_size_bytes, request_id
+    SELECT event_id, job_id, user_id, started_at, duration_seconds, outcome, http_status, requested, received,
+           bytes_sent, package_size_bytes, request_id, bytes_acknowledged, reason, method, daemon_id
       FROM given
-    ON CONFLICT (event_id) DO NOTHING
+     ORDER BY event_id
+    ON CONFLICT (event_id) DO UPDATE
+       SET duration_seconds = excluded.duration_seconds,
+           outcome = excluded.outcome,
+           received = excluded.received,
+           bytes_sent = excluded.bytes_sent,
+           bytes_acknowledged = excluded.bytes_acknowledged,
+           reason = excluded.reason,
+           -- Of a lost one, it stays the time of the last checkpoint.
+           updated_at = CASE excluded.outcome WHEN 'lost' THEN known.updated_at ELSE now() END
+     -- One that was taken for lost may end after all: its daemon was cut off for long, and not dead.
+     WHERE known.outcome IN ('running', 'lost') AND excluded.outcome NOT IN ('running', known.outcome)
     RETURNING event_id
 ), locked AS (
     SELECT job_id
@@ -52,30 +66,51 @@ WITH given AS (
      ORDER BY job_id
        FOR NO KEY UPDATE
 ), event AS (
-    SELECT given.*
+    SELECT given.*, int8multirange(int8range(0, package_size_bytes)) AS package
       FROM given
       JOIN inserted USING (event_id)
       JOIN locked USING (job_id)
 ), progressed AS (
-    INSERT INTO download_progress AS progress (job_id, user_id, received)
-    SELECT job_id, user_id, received::int8multirange
+    INSERT INTO download_progress AS progress (job_id, user_id, received, completed_at)
+    SELECT job_id, user_id,
+           CASE WHEN received @> package THEN '{}' ELSE received END,
+           CASE WHEN received @> package THEN now() ELSE '-infinity' END
       FROM event
-     WHERE NOT is_whole AND received <> '{}'
+     WHERE NOT is_whole AND NOT isempty(received)
     ON CONFLICT (job_id, user_id) DO UPDATE
-       SET updated_at = now(),
-           received = CASE
-               WHEN progress.received + excluded.received @> (
-                   SELECT int8multirange(int8range(0, package_size_bytes))
-                     FROM event
+       SET (received, completed_at, updated_at) = (
+               SELECT CASE WHEN total @> package THEN '{}' ELSE total END,
+                      CASE WHEN total @> package THEN now() ELSE progress.completed_at END,
+                      now()
+                 FROM (
+                   SELECT package,
+                          progress.received + event.received
+                          + CASE WHEN known < lower(event.requested)
+                                THEN int8multirange(int8range(known, lower(event.requested)))
+                                ELSE '{}'
+                            END AS total
+                     FROM event,
+                          LATERAL (
+                              -- Of several that were lost, the one that had got nearest was resumed.
+                              SELECT max(upper(lost.received))
+                                FROM download_events AS lost
+                               WHERE lost.job_id = event.job_id
+                                 AND lost.user_id = event.user_id
+                                 AND lost.outcome = 'lost'
+                                 AND lost.daemon_id <> event.daemon_id
+                                 AND lost.started_at > progress.completed_at
+                                 AND lost.updated_at < event.started_at
+                                 AND upper(lost.received) <= lower(event.requested)
+                                 AND upper(lost.requested) > lower(event.requested)
+                          ) AS lost(known)
                     WHERE event.job_id = progress.job_id AND event.user_id = progress.user_id
-               )
-               THEN '{}'
-               ELSE progress.received + excluded.received
-           END
+                      AND NOT is_whole
+                 ) AS sums
+           )
     RETURNING job_id, isempty(received) AS became_whole
 ), cleared AS (
     UPDATE download_progress AS progress
-       SET received = '{}', updated_at = now()
+       SET received = '{}', completed_at = now(), updated_at = now()
       FROM event
      WHERE event.is_whole AND progress.job_id = event.job_id AND progress.user_id = event.user_id
 ), counted AS (
@@ -104,70 +139,126 @@ UPDATE export_jobs AS job
  WHERE job.job_id = counted.job_id
 """
 
-_LARGEST_GROUP = 500
+# A delivery under way, as far as it is. One that has ended is left alone.
+_CHECKPOINT_DOWNLOADS = """
+INSERT INTO download_events AS known (
+    event_id, job_id, user_id, started_at, duration_seconds, outcome, http_status, requested, received,
+    bytes_sent, package_size_bytes, request_id, bytes_acknowledged, reason, method, daemon_id
+)
+SELECT *
+  FROM unnest(
+    %(event_id)s::uuid[], %(job_id)s::uuid[], %(user_id)s::text[], %(started_at)s::timestamptz[],
+    %(duration_seconds)s::double precision[], %(outcome)s::text[], %(http_status)s::smallint[],
+    %(requested)s::int8multirange[], %(received)s::int8multirange[], %(bytes_sent)s::bigint[],
+    %(package_size_bytes)s::bigint[], %(request_id)s::text[], %(bytes_acknowledged)s::bigint[],
+    %(reason)s::text[], %(method)s::text[], %(daemon_id)s::uuid[]
+  )
+ ORDER BY 1
+ON CONFLICT (event_id) DO UPDATE
+   SET duration_seconds = excluded.duration_seconds,
+       received = excluded.received,
+       bytes_sent = excluded.bytes_sent,
+       bytes_acknowledged = excluded.bytes_acknowledged,
+       updated_at = now()
+ WHERE known.outcome = 'running'
+"""
+
+_FIND_RUNNING = """
+SELECT event_id, job_id, user_id, started_at, duration_seconds, http_status, requested::text, received::text,
+       bytes_sent, package_size_bytes, request_id, bytes_acknowledged, method, daemon_id
+  FROM download_events
+ WHERE outcome = 'running'
+   AND (daemon_id = ANY (%s::uuid[]) OR updated_at < now() - make_interval(secs => %s))
+"""
+
+LARGEST_GROUP = 500
 
 
-class DownloadLedger:
-    """Writes events, those that come in together as one statement. One statement is under way at a time."""
-
-    def __init__(self, database: Database) -> None:
-        async def write(events: list[DownloadEvent]) -> list[None]:
-            await record_downloads(database, events)
-            return [None] * len(events)
-
-        self._gatherer = Gatherer(write, _one_statement, at_once=1)
-
-    def record(self, event: DownloadEvent) -> asyncio.Future[None]:
-        """Done once the event is durable; fails with DatabaseUnavailable. Idempotent by the event's id."""
-        return self._gatherer.submit(event)
-
-
-def _one_statement() -> Callable[[DownloadEvent], bool]:
-    """Judges which events one statement may take, by the module's rule; each principal's order is kept."""
-    taken = 0
+def one_statement() -> Callable[[DownloadEvent], bool]:
+    """Judges which events one statement may take, by the module's rule, and keeps each principal's order."""
+    taken: set[UUID] = set()
     whole: set[tuple[UUID, str]] = set()
     partial: set[tuple[UUID, str]] = set()
     # Whoever has an event that must wait: what comes later must not overtake it.
     behind: set[tuple[UUID, str]] = set()
 
     def may_join(event: DownloadEvent) -> bool:
-        nonlocal taken
         principal = (event.job_id, event.user_id)
         is_apart = principal in partial or (principal in whole and not event.is_whole)
-        if is_apart or principal in behind or taken == _LARGEST_GROUP:
+        if is_apart or principal in behind or event.event_id in taken or len(taken) == LARGEST_GROUP:
             behind.add(principal)
             return False
         (whole if event.is_whole else partial).add(principal)
-        taken += 1
+        taken.add(event.event_id)
         return True
 
     return may_join
 
 
 async def record_downloads(database: Database, events: Sequence[DownloadEvent]) -> None:
-    """Writes events and counts them, in one statement. They must keep the module's rule.
+    """Writes events that have ended and counts them, in one statement. They must keep the module's rule.
 
     Idempotent by ``event_id``. Raises DatabaseUnavailable.
     """
-    await database.fetch_all(
-        _RECORD_DOWNLOADS,
-        {
-            "event_id": [event.event_id for event in events],
-            "job_id": [event.job_id for event in events],
-            "user_id": [event.user_id for event in events],
-            "started_at": [event.started_at for event in events],
-            "duration_seconds": [event.duration_seconds for event in events],
-            "outcome": [event.outcome for event in events],
-            "http_status": [event.http_status for event in events],
-            "requested": [_multirange(event.requested) for event in events],
-            "received": [_multirange(event.received) for event in events],
-            "bytes_sent": [event.bytes_sent for event in events],
-            "package_size_bytes": [event.package_size_bytes for event in events],
-            "request_id": [event.request_id for event in events],
-            "is_whole": [event.is_whole for event in events],
-        },
-    )
+    if events:
+        columns = _columns(events)
+        columns["is_whole"] = [event.is_whole for event in events]
+        await database.fetch_all(_RECORD_DOWNLOADS, columns)
+
+
+async def checkpoint_downloads(database: Database, events: Sequence[DownloadEvent]) -> None:
+    """Writes how far deliveries are that run; one that has ended stays as it ended.
+
+    Raises DatabaseUnavailable.
+    """
+    latest = {event.event_id: event for event in events}
+    if latest:
+        await database.fetch_all(_CHECKPOINT_DOWNLOADS, _columns(list(latest.values())))
+
+
+async def find_lost(
+    database: Database, ended: Sequence[UUID], lost_after_seconds: float
+) -> list[DownloadEvent]:
+    """The deliveries that the daemons ``ended`` left running, and those that nobody has touched for long.
+
+    As events to record, outcome ``lost``. Raises DatabaseUnavailable.
+    """
+    rows = await database.fetch_all(_FIND_RUNNING, (list(ended), lost_after_seconds))
+    return [
+        DownloadEvent(
+            event_id=row[0],
+            job_id=row[1],
+            user_id=row[2],
+            started_at=row[3],
+            duration_seconds=row[4],
+            outcome="lost",
+            http_status=row[5],
+            requested=_parse_multirange(row[6]),
+            received=_parse_multirange(row[7]),
+            bytes_sent=row[8],
+            package_size_bytes=row[9],
+            request_id=row[10],
+            bytes_acknowledged=row[11],
+            reason="the daemon was killed",
+            method=row[12],
+            daemon_id=row[13],
+        )
+        for row in rows
+    ]
+
+
+def _columns(events: Sequence[DownloadEvent]) -> dict[str, list[object]]:
+    columns: dict[str, list[object]] = {
+        name: [getattr(event, name) for event in events] for name in DownloadEvent.__slots__
+    }
+    for name in ("requested", "received"):
+        columns[name] = [_multirange(getattr(event, name)) for event in events]
+    return columns
 
 
 def _multirange(parts: Sequence[tuple[int, int]]) -> str:
     return "{" + ",".join(f"[{start},{stop})" for start, stop in parts) + "}"
+
+
+def _parse_multirange(text: str) -> tuple[tuple[int, int], ...]:
+    return tuple((int(start), int(stop)) for start, stop in re.findall(r"\[(\d+),(\d+)\)", text))

@@ -26,6 +26,10 @@ class DatabaseUnavailable(Exception):
     """The database cannot be reached, or took too long."""
 
 
+class DataRefused(Exception):
+    """The database cannot store a value, however often it is tried."""
+
+
 class Database:
     """A pool of connections to one database. Made by ``open_database``."""
 
@@ -37,7 +41,7 @@ class Database:
         """Runs one statement and returns its rows.
 
         The statement must be a read, or idempotent: it is sent a second time when the connection broke.
-        Raises DatabaseUnavailable; other psycopg2 errors are defects in the statement and pass through.
+        Raises DatabaseUnavailable and DataRefused; other psycopg2 errors are defects in the statement.
         """
         try:
             return await self._run(statement, parameters)
@@ -65,6 +69,8 @@ class Database:
             async with self._pool.acquire() as connection, connection.cursor() as cursor:
                 await cursor.execute(statement, parameters, timeout=self._statement_timeout_seconds)
                 return await cursor.fetchall() if cursor.description else []
+        except (psycopg2.DataError, ValueError) as error:
+            raise DataRefused(_one_line(error)) from error
         except TimeoutError as error:
             raise DatabaseUnavailable("no connection or no answer in time") from error
         except asyncio.CancelledError as error:

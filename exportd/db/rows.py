@@ -42,7 +42,9 @@ class DownloadEvent:
     """The record of one delivery.
 
     ``requested`` and ``received`` hold (start, stop) of each part of the package that was asked for, and that
-    went out. ``http_status`` is the answer's.
+    the client acknowledged. ``outcome`` is one of the delivery's, or ``running`` while it is under way, or
+    ``lost`` where its daemon was killed meanwhile. ``http_status`` is the answer's. ``daemon_id`` names the
+    process.
     """
 
     event_id: UUID
@@ -57,6 +59,10 @@ class DownloadEvent:
     bytes_sent: int
     package_size_bytes: int
     request_id: str
+    bytes_acknowledged: int
+    reason: str | None
+    method: str | None
+    daemon_id: UUID
 
     @property
     def is_whole(self) -> bool:

@@ -1,4 +1,4 @@
-"""A limit on the rate of one download. The kernel keeps it where it can (``SO_MAX_PACING_RATE``, Linux)."""
+"""How fast a connection may send, and how much may wait in it. The kernel keeps both where it can (Linux)."""
 
 import asyncio
 import socket
@@ -8,6 +8,7 @@ import sys
 # Not in the socket module; asm-generic/socket.h.
 _SO_MAX_PACING_RATE = 47
 _UNLIMITED = 2**64 - 1
+_MOST_UNSENT_BYTES = 1024 * 1024
 
 
 def pace_by_kernel(connection: int, rate_bytes_per_second: int) -> bool:
@@ -15,10 +16,25 @@ def pace_by_kernel(connection: int, rate_bytes_per_second: int) -> bool:
     if sys.platform != "linux":
         return False
     rate = struct.pack("Q", rate_bytes_per_second or _UNLIMITED)
+    return _set_option(connection, socket.SOL_SOCKET, _SO_MAX_PACING_RATE, rate)
+
+
+def limit_unsent(connection: int) -> None:
+    """Keeps short what waits in the socket and is not yet on its way.
+
+    The buffer would otherwise grow to many megabytes: bytes that nobody could speak for if the daemon were
+    killed, and that are out of the processor's cache when their turn comes.
+    """
+    if hasattr(socket, "TCP_NOTSENT_LOWAT"):
+        limit = struct.pack("i", _MOST_UNSENT_BYTES)
+        _set_option(connection, socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, limit)
+
+
+def _set_option(connection: int, level: int, option: int, value: bytes) -> bool:
     # A socket object for the call alone: detach() leaves the descriptor to its owner.
     handle = socket.socket(fileno=connection)
     try:
-        handle.setsockopt(socket.SOL_SOCKET, _SO_MAX_PACING_RATE, rate)
+        handle.setsockopt(level, option, value)
     except OSError:
         return False
     finally:

@@ -14,12 +14,15 @@ from aiohttp.web import Request, StreamResponse
 
 from exportd.delivery.chunks import send_by_chunks
 from exportd.delivery.outcome import Delivery, DeliveryAborted, PackageUnreadable, Progress
-from exportd.delivery.pacing import Pacer, pace_by_kernel
+from exportd.delivery.pacing import Pacer, limit_unsent, pace_by_kernel
 from exportd.delivery.sendfile import SendfileUnsupported, send_by_sendfile
 from exportd.delivery.watch import Patience, Watch
 from exportd.http.body import Segment
 from exportd.http.ranges import ByteRange
 from exportd.packages.store import OpenPackage, PackageChanged
+
+# Below this a socket's buffer takes all of a package anyway.
+_LARGE_BYTES = 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +42,17 @@ async def deliver(
     package: OpenPackage,
     segments: Sequence[Segment],
     options: DeliveryOptions,
+    progress: Progress,
 ) -> Delivery:
     """Sends ``response``'s headers and, as its body, ``segments``: ranges of the package, and literal bytes.
+
+    Ends when the other side has acknowledged everything. ``progress`` is kept up to date meanwhile.
 
     Never raises for what a client or a disk does; the connection is aborted unless every byte went out.
     Cancellation (at shutdown) is an outcome too, and the caller's to raise again once it is recorded.
     """
     started = time.monotonic()
-    sending = _Sending(request, response, package, options)
+    sending = _Sending(request, response, package, options, progress)
     outcome, reason = "completed", None
     try:
         await sending.send(segments)
@@ -69,7 +75,9 @@ async def deliver(
         outcome,
         reason,
         "sendfile" if sending.by_kernel else "chunks",
-        sending.progress.bytes_sent,
+        progress.bytes_sent,
+        progress.bytes_acknowledged,
+        sending.first_byte_at,
         time.monotonic() - started,
     )
 
@@ -78,9 +86,15 @@ class _Sending:
     """One response body on its way."""
 
     def __init__(
-        self, request: Request, response: StreamResponse, package: OpenPackage, options: DeliveryOptions
+        self,
+        request: Request,
+        response: StreamResponse,
+        package: OpenPackage,
+        options: DeliveryOptions,
+        progress: Progress,
     ) -> None:
-        self.progress = Progress()
+        self.first_byte_at: float | None = None
+        self.progress = progress
         self._request = request
         self._response = response
         self._package = package
@@ -99,6 +113,8 @@ class _Sending:
             raise DeliveryAborted("client disconnected")
         with Watch(transport, self.progress, self._options.patience) as watch:
             pacer = self._limit_rate(watch)
+            if self._package.size_bytes > _LARGE_BYTES:
+                limit_unsent(watch.connection)
             try:
                 writer = await self._send_headers(transport)
                 for segment in segments:
@@ -107,6 +123,7 @@ class _Sending:
                     else:
                         await self._response.write(segment)
                         await self._flush(transport, writer)
+                await watch.wait_until_acknowledged()
             except ConnectionError as error:
                 raise DeliveryAborted(watch.reason or str(error) or "client disconnected") from error
             except DeliveryAborted as error:
@@ -115,7 +132,7 @@ class _Sending:
                 if self._options.max_rate_bytes_per_second:
                     pace_by_kernel(watch.connection, 0)
         try:
-            # The last bytes may still wait in the socket, which holds the file's own pages.
+            # Until the last byte was acknowledged, the socket held the file's own pages.
             self._package.check_unchanged()
         except OSError as error:
             raise PackageUnreadable(error.strerror or str(error)) from error
@@ -141,6 +158,7 @@ class _Sending:
         writer = await self._response.prepare(self._request)
         assert writer is not None
         await self._flush(transport, writer)
+        self.first_byte_at = time.monotonic()
         return writer
 
     async def _send_range(

@@ -7,6 +7,7 @@ again: a slow client may need minutes for that.
 import asyncio
 import fcntl
 import os
+import socket
 import struct
 import termios
 from dataclasses import dataclass
@@ -14,6 +15,11 @@ from types import TracebackType
 from typing import Self
 
 from exportd.delivery.outcome import DeliveryAborted, Progress
+
+# A client that has everything acknowledges it within a round trip.
+_FIRST_PAUSE_SECONDS = 0.001
+_LONGEST_PAUSE_SECONDS = 0.1
+_TCP_CLOSE = 7  # Linux, include/net/tcp_states.h
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +43,13 @@ class Watch:
         self._transport = transport
         self._progress = progress
         self._patience = patience
-        self._interval = min(max(patience.stall_timeout_seconds / 4, 0.02), 5.0)
+        self._interval = min(max(patience.stall_timeout_seconds / 4, 0.02), 1.0)
         self._waiter: asyncio.Future[None] | None = None
         self._connection = -1
         self._taken = 0
         self._progressed_at = self._window_began_at = self._loop.time()
         self._taken_before_window = 0
+        self._all_is_sent = False
         self.reason: str | None = None
 
     def __enter__(self) -> Self:
@@ -55,6 +62,7 @@ class Watch:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._timer.cancel()
+        self._count_acknowledged()
         os.close(self._connection)
 
     @property
@@ -72,6 +80,22 @@ class Watch:
             self._waiter = None
             self._loop.remove_writer(self._connection)
 
+    async def wait_until_acknowledged(self) -> None:
+        """Once everything was sent: waits until the other side's kernel has it all.
+
+        Raises DeliveryAborted when it has gone before, or makes no progress. A client may have closed its own
+        side of the connection meanwhile; what it still takes is delivered.
+        """
+        self._all_is_sent = True
+        pause = _FIRST_PAUSE_SECONDS
+        while self._queued_bytes():
+            if self._has_connection_ended() and self._queued_bytes():
+                raise DeliveryAborted("client disconnected")
+            if self.reason is not None:
+                raise DeliveryAborted(self.reason)
+            await asyncio.sleep(pause)
+            pause = min(pause * 1.5, _LONGEST_PAUSE_SECONDS)
+
     def _look(self) -> None:
         now = self._loop.time()
         self.reason = self._judge(now)
@@ -84,9 +108,10 @@ class Watch:
             self._transport.abort()
 
     def _judge(self, now: float) -> str | None:
-        if self._transport.is_closing():
+        if self._transport.is_closing() and not self._all_is_sent:
             return "client disconnected"
         taken = self._progress.bytes_sent - self._queued_bytes()
+        self._count_acknowledged()
         if taken > self._taken:
             self._taken, self._progressed_at = taken, now
         elif now - self._progressed_at >= self._patience.stall_timeout_seconds:
@@ -104,6 +129,19 @@ class Watch:
         answer = fcntl.ioctl(self._connection, termios.TIOCOUTQ, b"\0\0\0\0")
         queued: int = struct.unpack("i", answer)[0]
         return queued
+
+    def _count_acknowledged(self) -> None:
+        # The body's bytes are the last in the queue: nothing else is written before the handler ends.
+        acknowledged = max(self._progress.bytes_sent - self._queued_bytes(), 0)
+        self._progress.bytes_acknowledged = max(acknowledged, self._progress.bytes_acknowledged)
+
+    def _has_connection_ended(self) -> bool:
+        """Whether the connection was reset or timed out: nothing will be acknowledged any more."""
+        if not hasattr(socket, "TCP_INFO"):
+            return self._transport.is_closing()
+        with socket.socket(fileno=os.dup(self._connection)) as connection:
+            state: int = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+        return state == _TCP_CLOSE
 
 
 def _wake(waiter: asyncio.Future[None]) -> None:

@@ -17,7 +17,7 @@ import structlog
 from aiohttp.test_utils import TestClient
 
 from exportd.api import errors
-from tests.support.application import ADMIN, ANN, BASE, EVE, SECRET, Jobs, Start, bearer, noise
+from tests.support.application import ADMIN, ANN, BASE, EVE, SECRET, Jobs, Start, bearer, noise, until_idle
 from tests.support.postgres import query
 
 Client = TestClient[Any, Any]
@@ -47,6 +47,7 @@ async def test_the_package_comes_whole_with_every_header(client: Client, jobs: J
         async with client.get(package.url, headers=ANN) as response:
             assert response.status == 200
             assert await response.read() == package.content
+        await until_idle(client)
     digest = hashlib.sha256(package.content).digest()
     expected = {
         "Content-Type": "application/gzip",
@@ -167,6 +168,7 @@ async def test_an_empty_package_is_empty(client: Client, jobs: Jobs) -> None:
         async with client.get(package.url, headers={**ANN, "Range": value}) as response:
             assert (response.status, response.headers["Content-Length"]) == (200, "0")
             assert await response.read() == b""
+    await until_idle(client)
     assert jobs.counts(package) == (3, 0)
 
 
@@ -374,6 +376,8 @@ async def test_a_package_without_digest_has_a_validator_from_its_identity(client
             assert response.headers["Last-Modified"] == "Fri, 14 Jul 2017 02:40:00 GMT"
             assert "Repr-Digest" not in response.headers
             tags.append(response.headers["ETag"])
+            await response.read()
+    await until_idle(client)
     package.file.write_bytes(package.content)
     async with client.get(package.url, headers=ANN) as response:
         tags.append(response.headers["ETag"])

@@ -1,18 +1,25 @@
 """Jobs and downloads in SQL."""
 
 import asyncio
+import fcntl
+import os
 import uuid
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from random import Random
 
 import pytest
+import structlog
 
-from exportd.db.downloads import DownloadLedger, record_downloads
+from exportd.db.downloads import checkpoint_downloads, record_downloads
 from exportd.db.jobs import JobFinder, find_statistics, record_completed_job
+from exportd.db.ledger import DownloadLedger, open_ledger
 from exportd.db.migrate import migrate_up
-from exportd.db.pool import Database, open_database
+from exportd.db.pool import Database, DatabaseUnavailable, open_database
 from exportd.db.rows import DownloadEvent
+from exportd.db.spool import Spool
 from tests.db.test_pool import OPTIONS
 from tests.support.postgres import query
 
@@ -24,6 +31,13 @@ async def database(dsn: str) -> AsyncIterator[Database]:
     database = await open_database(dsn, **{**OPTIONS, "pool_max_size": 8})  # type: ignore[arg-type]
     yield database
     await database.close()
+
+
+@pytest.fixture
+async def ledger(database: Database, tmp_path: Path) -> AsyncIterator[DownloadLedger]:
+    ledger = await open_ledger(database, tmp_path / "ledger")
+    yield ledger
+    await ledger.close()
 
 
 async def completed_job(
@@ -57,6 +71,10 @@ def event(job_id: uuid.UUID, **changes: object) -> DownloadEvent:
         "bytes_sent": 1000,
         "package_size_bytes": 1000,
         "request_id": "r",
+        "bytes_acknowledged": 1000,
+        "reason": None,
+        "method": "sendfile",
+        "daemon_id": uuid.uuid4(),
     }
     return DownloadEvent(**{**values, **changes})  # type: ignore[arg-type]
 
@@ -113,9 +131,8 @@ async def test_a_partial_delivery_counts_bytes_only(database: Database, dsn: str
     ]
 
 
-async def test_no_count_is_lost_when_many_end_together(database: Database) -> None:
+async def test_no_count_is_lost_when_many_end_together(database: Database, ledger: DownloadLedger) -> None:
     job_id, _ = await completed_job(database)
-    ledger = DownloadLedger(database)
     await asyncio.gather(*(ledger.record(event(job_id)) for _ in range(1200)))
     statistics = await find_statistics(database, job_id)
     assert statistics is not None
@@ -247,24 +264,25 @@ async def test_an_empty_package_is_whole_at_once(database: Database) -> None:
     assert await count(database, job_id) == 1
 
 
-async def test_what_comes_in_together_is_written_together(database: Database, dsn: str) -> None:
+async def test_what_comes_in_together_is_written_together(
+    database: Database, ledger: DownloadLedger, dsn: str
+) -> None:
     job_id, _ = await completed_job(database)
-    ledger = DownloadLedger(database)
     await asyncio.gather(*(ledger.record(event(job_id)) for _ in range(100)))
     # xmin names the transaction that wrote a row: the first event went alone, the rest as one.
     assert query(dsn, "SELECT count(DISTINCT xmin::text) FROM download_events") == [(1,)]
 
 
-async def test_a_statement_that_fails_is_told_to_each_who_waits_and_the_next_is_written(
-    database: Database, dsn: str
+async def test_an_event_that_cannot_be_written_costs_no_other(
+    database: Database, ledger: DownloadLedger
 ) -> None:
     job_id, _ = await completed_job(database)
-    ledger = DownloadLedger(database)
     wrong = event(job_id, requested=((5, 1),))
-    results = await asyncio.gather(ledger.record(wrong), ledger.record(event(job_id)), return_exceptions=True)
-    assert [type(result).__name__ for result in results] == ["DataException", "DataException"]
-    await ledger.record(event(job_id))
-    assert await count(database, job_id) == 1
+    with structlog.testing.capture_logs() as logs:
+        await asyncio.gather(ledger.record(wrong), ledger.record(event(job_id)), ledger.record(event(job_id)))
+    assert await count(database, job_id) == 2
+    (line,) = [line for line in logs if line["event"] == "download_not_recorded"]
+    assert (line["event_id"], line["received"]) == (str(wrong.event_id), [[0, 1000]])
 
 
 class Model:
@@ -283,10 +301,12 @@ class Model:
 
 
 @pytest.mark.parametrize("seed", range(8))
-async def test_any_interleaving_counts_as_one_after_the_other(database: Database, seed: int) -> None:
+async def test_any_interleaving_counts_as_one_after_the_other(
+    database: Database, ledger: DownloadLedger, seed: int
+) -> None:
     random = Random(seed)
     job_id, _ = await completed_job(database)
-    ledger, model = DownloadLedger(database), Model()
+    model = Model()
     for _ in range(6):
         together = []
         for _ in range(random.randint(1, 40)):
@@ -296,3 +316,250 @@ async def test_any_interleaving_counts_as_one_after_the_other(database: Database
             together.append(ledger.record(part(job_id, start, stop, user_id=user_id)))
         await asyncio.gather(*together)
     assert await count(database, job_id) == model.count
+
+
+async def test_parts_of_one_answer_that_cover_the_package_count(database: Database) -> None:
+    job_id, _ = await completed_job(database)
+    parts = ((0, 10), (10, 1000))
+    whole_in_two = event(job_id, http_status=206, requested=parts, received=parts)
+    assert not whole_in_two.is_whole
+    await record_downloads(database, [whole_in_two])
+    assert await count(database, job_id) == 1
+    await record_downloads(database, [part(job_id, 0, 10)])
+    assert await count(database, job_id) == 1
+
+
+async def test_a_checkpoint_neither_counts_nor_outlives_the_end(database: Database, dsn: str) -> None:
+    job_id, _ = await completed_job(database)
+    whole = event(job_id)
+    running = replace(whole, outcome="running", received=((0, 400),), bytes_acknowledged=400)
+    await checkpoint_downloads(database, [running])
+    await checkpoint_downloads(database, [replace(running, received=((0, 500),))])
+    assert query(dsn, "SELECT outcome, received::text FROM download_events") == [("running", "{[0,500)}")]
+    assert query(dsn, "SELECT count(*) FROM download_progress") == [(0,)]
+    # Another delivery completes meanwhile: what is under way is no part of it.
+    await record_downloads(database, [part(job_id, 500, 1000)])
+    assert await count(database, job_id) == 0
+    await record_downloads(database, [whole])
+    assert await count(database, job_id) == 1
+    # A late checkpoint of what has ended changes nothing.
+    await checkpoint_downloads(database, [running])
+    await record_downloads(database, [whole])
+    assert query(dsn, "SELECT outcome, received::text FROM download_events WHERE http_status = 200") == [
+        ("completed", "{[0,1000)}")
+    ]
+    assert await count(database, job_id) == 1
+
+
+def lost(job_id: uuid.UUID, start: int, acknowledged: int, stop: int, **changes: object) -> DownloadEvent:
+    """A delivery whose daemon was killed when it had checkpointed ``acknowledged``."""
+    return event(
+        job_id,
+        outcome="lost",
+        requested=((start, stop),),
+        received=((start, acknowledged),),
+        bytes_sent=acknowledged - start,
+        **changes,
+    )
+
+
+@pytest.mark.parametrize(
+    ("left", "resumes", "counted"),
+    [
+        # (lost deliveries as start, acknowledged, stop), (what came after the kill), the count
+        ([(0, 400, 1000)], [(700, 1000)], 1),  # resumed where it had got to
+        ([(0, 400, 1000)], [(400, 1000)], 1),  # exactly at the checkpoint
+        ([(0, 400, 1000)], [(300, 1000)], 1),  # before it
+        ([(0, 400, 1000)], [(700, 900)], 0),  # the end is missing
+        ([(0, 400, 1000)], [(700, 900), (900, 1000)], 1),
+        ([(0, 400, 600)], [(700, 1000)], 0),  # beyond what was asked for: a gap
+        ([(0, 400, 600)], [(600, 1000)], 0),  # another segment, which tells nothing of the lost one
+        ([(100, 400, 1000)], [(700, 1000)], 0),  # the beginning is missing
+        ([(0, 400, 1000)], [(0, 1000)], 1),  # begun anew
+        ([(0, 200, 500), (500, 700, 1000)], [(300, 500), (800, 1000)], 1),  # two segments
+        ([(0, 200, 500), (500, 700, 1000)], [(800, 1000)], 0),  # the first never resumed
+        ([(0, 200, 1000), (500, 700, 1000)], [(800, 1000)], 0),  # nor here
+        ([(0, 200, 1000), (500, 700, 1000)], [(800, 1000), (300, 500)], 1),
+    ],
+)
+async def test_a_resume_after_a_kill_tells_how_far_the_client_had_got(
+    database: Database, left: list[tuple[int, int, int]], resumes: list[tuple[int, int]], counted: int
+) -> None:
+    job_id, _ = await completed_job(database)
+    killed = uuid.uuid4()
+    for numbers in left:
+        await record_downloads(database, [lost(job_id, *numbers, daemon_id=killed)])
+    for start, stop in resumes:
+        assert await count(database, job_id) == 0
+        await record_downloads(database, [part(job_id, start, stop)])
+    assert await count(database, job_id) == counted
+
+
+async def test_anothers_resume_tells_nothing(database: Database) -> None:
+    job_id, _ = await completed_job(database)
+    await record_downloads(database, [lost(job_id, 0, 400, 1000)])
+    await record_downloads(database, [part(job_id, 700, 1000, user_id="root")])
+    assert await count(database, job_id) == 0
+
+
+async def test_a_resume_after_an_abort_has_no_such_credit(database: Database) -> None:
+    job_id, _ = await completed_job(database)
+    await record_downloads(database, [event(job_id, outcome="aborted", received=((0, 400),))])
+    await record_downloads(database, [part(job_id, 700, 1000)])
+    assert await count(database, job_id) == 0
+
+
+async def test_what_was_lost_before_the_last_whole_download_is_over(database: Database) -> None:
+    job_id, _ = await completed_job(database)
+    await record_downloads(database, [lost(job_id, 0, 400, 1000)])
+    await record_downloads(database, [event(job_id)])
+    await record_downloads(database, [part(job_id, 0, 300)])
+    await record_downloads(database, [part(job_id, 700, 1000)])
+    assert await count(database, job_id) == 1
+
+
+async def test_a_daemon_that_is_killed_again_and_again_counts_once(database: Database) -> None:
+    job_id, _ = await completed_job(database)
+    await record_downloads(database, [lost(job_id, 0, 100, 1000)])
+    await record_downloads(database, [lost(job_id, 150, 300, 1000)])
+    await record_downloads(database, [lost(job_id, 420, 500, 1000)])
+    assert await count(database, job_id) == 0
+    await record_downloads(database, [part(job_id, 900, 1000)])
+    assert await count(database, job_id) == 1
+
+
+async def test_one_taken_for_lost_that_ends_after_all_is_counted_once(database: Database, dsn: str) -> None:
+    job_id, _ = await completed_job(database)
+    whole = event(job_id)
+    await record_downloads(database, [replace(whole, outcome="lost", received=((0, 400),))])
+    for _ in range(2):
+        await record_downloads(database, [whole])
+    await record_downloads(database, [replace(whole, outcome="lost", received=((0, 400),))])
+    assert await count(database, job_id) == 1
+    assert query(dsn, "SELECT outcome FROM download_events") == [("completed",)]
+    assert query(dsn, "SELECT isempty(received) FROM download_progress") == [(True,)]
+
+
+async def test_what_a_killed_process_left_running_is_recorded_at_the_next_start(
+    database: Database, dsn: str, tmp_path: Path
+) -> None:
+    job_id, _ = await completed_job(database)
+    dead = Spool.create(tmp_path / "ledger", uuid.uuid4())
+    running = event(
+        job_id, outcome="running", received=((0, 400),), bytes_acknowledged=400, daemon_id=dead.owner
+    )
+    await checkpoint_downloads(database, [running])
+    spooled = event(job_id, daemon_id=dead.owner, user_id="root")
+    await dead.append([spooled])
+    fcntl.flock(dead._descriptor, fcntl.LOCK_UN)
+
+    # A living process's deliveries are its own.
+    alive = await open_ledger(database, tmp_path / "other")
+    assert query(dsn, "SELECT outcome FROM download_events") == [("running",)]
+    ledger = await open_ledger(database, tmp_path / "ledger")
+    assert sorted(query(dsn, "SELECT outcome FROM download_events")) == [("completed",), ("lost",)]
+    assert query(dsn, "SELECT received::text FROM download_progress WHERE user_id = 'ann'") == [
+        ("{[0,400)}",)
+    ]
+    assert await count(database, job_id) == 1
+    assert len(list((tmp_path / "ledger").iterdir())) == 1
+    await ledger.record(part(job_id, 650, 1000))
+    assert await count(database, job_id) == 2
+    await ledger.close()
+    await alive.close()
+    os.close(dead._descriptor)
+
+
+class Away:
+    """A database that can be gone, or slow."""
+
+    def __init__(self, database: Database) -> None:
+        self.real = database
+        self.is_away = False
+        self.is_slow = False
+
+    async def fetch_all(self, *arguments: object) -> object:
+        if self.is_away:
+            raise DatabaseUnavailable("away")
+        rows = await self.real.fetch_all(*arguments)  # type: ignore[arg-type]
+        if self.is_slow:
+            # The statement has done its work; only its answer never comes.
+            await asyncio.sleep(3600)
+        return rows
+
+
+@pytest.fixture
+def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("exportd.db.ledger._TURN_SECONDS", 0.02)
+    monkeypatch.setattr("exportd.db.ledger._SPOOL_AFTER_SECONDS", 0.1)
+
+
+@pytest.mark.parametrize("trouble", ["is_away", "is_slow"])
+@pytest.mark.usefixtures("quickly")
+async def test_with_the_database_in_trouble_events_wait_in_the_spool_and_count_once(
+    database: Database, dsn: str, tmp_path: Path, trouble: str
+) -> None:
+    job_id, _ = await completed_job(database)
+    away = Away(database)
+    ledger = await open_ledger(away, tmp_path / "ledger")  # type: ignore[arg-type]
+    setattr(away, trouble, True)
+    async with asyncio.timeout(30):
+        await asyncio.gather(*(ledger.record(event(job_id)) for _ in range(10)))
+    assert ledger.spooled
+    await ledger.record(event(job_id))
+    setattr(away, trouble, False)
+    async with asyncio.timeout(30):
+        while ledger.spooled:
+            await asyncio.sleep(0.01)
+    assert await count(database, job_id) == 11
+    await ledger.record(event(job_id))
+    assert await count(database, job_id) == 12
+    await ledger.close()
+
+
+@pytest.mark.usefixtures("quickly")
+async def test_with_database_and_disk_in_trouble_events_wait_in_memory(
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id, _ = await completed_job(database)
+    away = Away(database)
+    ledger = await open_ledger(away, tmp_path / "ledger")  # type: ignore[arg-type]
+    away.is_away = True
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Spool, "_append", full)
+    with pytest.raises(OSError, match="No space"):
+        await ledger.record(event(job_id))
+    assert ledger.spooled == 1
+    away.is_away = False
+    async with asyncio.timeout(30):
+        while ledger.spooled:
+            await asyncio.sleep(0.01)
+    assert await count(database, job_id) == 1
+    await ledger.close()
+
+
+@pytest.mark.usefixtures("quickly")
+async def test_a_long_delivery_is_written_while_it_runs(
+    database: Database, ledger: DownloadLedger, dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("exportd.db.ledger._FIRST_CHECKPOINT_SECONDS", 0.1)
+    job_id, _ = await completed_job(database)
+    stop = 100
+
+    def snapshot() -> DownloadEvent:
+        return replace(running, received=((0, stop),))
+
+    running = event(job_id, outcome="running", daemon_id=ledger.daemon_id)
+    seen = []
+    with ledger.checkpoints(snapshot):
+        async with asyncio.timeout(30):
+            for expected in (100, 200, 300):
+                stop = expected
+                while query(dsn, "SELECT upper(received) FROM download_events") != [(expected,)]:
+                    await asyncio.sleep(0.01)
+                seen.append(expected)
+    assert seen == [100, 200, 300]
+    assert await count(database, job_id) == 0

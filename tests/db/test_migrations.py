@@ -20,7 +20,8 @@ from tests.support.postgres import database_dsn, query
 
 REPOSITORY = Path(__file__).parent.parent.parent
 FIRST, SECOND, THIRD = "0001.export-jobs", "0002.download-tracking", "0003.suspect-packages"
-ALL = [FIRST, SECOND, THIRD]
+FOURTH = "0004.checkpoints"
+ALL = [FIRST, SECOND, THIRD, FOURTH]
 JOB = "11111111-2222-3333-4444-555555555555"
 
 
@@ -39,11 +40,12 @@ def dump(dsn: str) -> str:
     return "\n".join(line for line in text.splitlines() if line and not line.startswith(("--", "\\")))
 
 
-def columns(dsn: str) -> dict[str, str]:
+def columns(dsn: str, table: str = "export_jobs") -> dict[str, str]:
     return dict(
         query(
             dsn,
-            "SELECT column_name, data_type FROM information_schema.columns WHERE table_name = 'export_jobs'",
+            "SELECT column_name, data_type FROM information_schema.columns WHERE table_name = %s",
+            (table,),
         )
     )
 
@@ -69,11 +71,13 @@ def test_status_tells_what_is_applied(empty_dsn: str) -> None:
     assert migrate_up(empty_dsn) == ALL
     assert status() == [(name, True) for name in ALL]
     assert migrate_up(empty_dsn) == []
-    assert migrate_down(empty_dsn) == THIRD
-    assert status() == [(FIRST, True), (SECOND, True), (THIRD, False)]
+    assert migrate_down(empty_dsn) == FOURTH
+    assert status() == [(FIRST, True), (SECOND, True), (THIRD, True), (FOURTH, False)]
 
 
 def test_down_on_an_empty_schema_leaves_nothing(dsn: str) -> None:
+    assert migrate_down(dsn) == FOURTH
+    assert "bytes_acknowledged" not in columns(dsn, "download_events")
     assert migrate_down(dsn) == THIRD
     assert "package_suspect_since" not in columns(dsn)
     assert migrate_down(dsn) == SECOND
@@ -92,7 +96,7 @@ def test_down_and_up_again_keeps_every_job(dsn: str) -> None:
         " VALUES (%s, 'ann', 'completed', 'a.tar.gz', 7)",
         (JOB,),
     )
-    assert [migrate_down(dsn) for _ in ALL] == [THIRD, SECOND, FIRST]
+    assert [migrate_down(dsn) for _ in ALL] == ALL[::-1]
     assert query(dsn, "SELECT user_id, package_path FROM export_jobs") == [("ann", "a.tar.gz")]
     assert migrate_up(dsn) == ALL
     assert dump(dsn) == before

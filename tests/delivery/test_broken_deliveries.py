@@ -16,7 +16,7 @@ from aiohttp.test_utils import TestClient
 from exportd.api.middleware import LIFECYCLE
 from exportd.delivery import cold, sendfile, watch
 from exportd.packages.store import OpenPackage
-from tests.support.application import ANN, Jobs, Package, Start, noise
+from tests.support.application import ANN, Jobs, Package, Start, noise, until_idle
 from tests.support.postgres import query
 
 Client = TestClient[Any, Any]
@@ -46,11 +46,6 @@ async def until(what: str, condition: Callable[[], object]) -> None:
         while not condition():
             await asyncio.sleep(0.005)
     assert condition(), what
-
-
-async def until_idle(client: Client) -> None:
-    assert client.app is not None
-    assert await client.app[LIFECYCLE].wait_until_idle(30)
 
 
 async def read_to_end(connection: socket.socket) -> bytes:

@@ -8,7 +8,7 @@ import pytest
 import structlog
 
 from exportd.delivery import pacing, response
-from tests.support.application import ANN, Jobs, Start, noise
+from tests.support.application import ANN, Jobs, Start, noise, until_idle
 
 
 def pacing_rate(connection: socket.socket) -> int:
@@ -42,6 +42,7 @@ async def test_a_download_is_paced_and_the_connection_freed_of_it(
     monkeypatch.setattr(response, "pace_by_kernel", noting)
     async with client.get(package.url, headers=ANN) as answer:
         assert await answer.read() == package.content
+    await until_idle(client)
     assert rates == [50_000_000, 0]
 
 
@@ -62,6 +63,7 @@ async def test_where_the_kernel_cannot_chunks_keep_the_rate(
     with structlog.testing.capture_logs() as logs:
         async with client.get(package.url, headers=ANN) as answer:
             assert await answer.read() == package.content
+        await until_idle(client)
     assert next(entry for entry in logs if entry["event"] == "download_completed")["method"] == "chunks"
     # One second's worth in ten: the last chunk is due about a tenth of a second after the first.
     assert 0.05 < max(waits) <= 0.1
@@ -70,3 +72,17 @@ async def test_where_the_kernel_cannot_chunks_keep_the_rate(
 def test_a_system_without_the_option_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pacing.sys, "platform", "darwin")
     assert not pacing.pace_by_kernel(-1, 1)
+
+
+@pytest.mark.parametrize("sender", ["sendfile", "chunks"], indirect=True)
+async def test_little_waits_in_the_socket_of_a_client_that_does_not_read(
+    start: Start, jobs: Jobs, sender: str
+) -> None:
+    client = await start(download={"sendfile": sender == "sendfile", "stall_timeout_seconds": 0.5})
+    package = jobs.add(noise(24_000_000))
+    with structlog.testing.capture_logs() as logs:
+        async with client.get(package.url, headers=ANN) as answer:
+            await until_idle(client)
+            answer.close()
+    (ended,) = [entry for entry in logs if entry["event"] == "download_aborted"]
+    assert ended["bytes_sent"] - ended["bytes_acknowledged"] < 3 * 1024 * 1024

@@ -293,7 +293,7 @@ def test_migrate_says_what_it_did(exportd: Exportd, empty_dsn: str) -> None:
         assert done.returncode == 0, done.stderr
         return done.stdout.splitlines()
 
-    names = ["0001.export-jobs", "0002.download-tracking", "0003.suspect-packages"]
+    names = ["0001.export-jobs", "0002.download-tracking", "0003.suspect-packages", "0004.checkpoints"]
     assert migrate("status") == [f"pending  {name}" for name in names]
     assert migrate("up") == [f"applied {name}" for name in names]
     assert migrate("up") == ["nothing to apply"]

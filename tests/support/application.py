@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from aiohttp.test_utils import TestClient
 
+from exportd.api.middleware import LIFECYCLE
 from exportd.app import make_app
 from exportd.auth.tokens import Tokens
 from exportd.settings import Settings
@@ -127,3 +128,9 @@ async def client(start: Start, sender: str) -> TestClient[Any, Any]:
 
 def noise(size: int) -> bytes:
     return random.Random(size).randbytes(size)
+
+
+async def until_idle(client: TestClient[Any, Any]) -> None:
+    """Waits until every request has ended: its delivery acknowledged, recorded and logged."""
+    assert client.app is not None
+    assert await client.app[LIFECYCLE].wait_until_idle(30)

@@ -1,6 +1,11 @@
 """A real PostgreSQL for the whole run, and a database of its own for each test, cloned from a template."""
 
 import fcntl
+import os
+import shlex
+import signal
+import subprocess
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -99,3 +104,52 @@ def storage(tmp_path: Path) -> Path:
     root = tmp_path / "packages"
     root.mkdir()
     return root
+
+
+class OwnServer:
+    """A PostgreSQL of a test's own, which can be stopped and started again."""
+
+    def __init__(self, folder: Path, server_dsn: str) -> None:
+        self._folder = folder / "postgres"
+        self.server_dsn = server_dsn
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def stop(self) -> None:
+        """As ``pg_ctl stop -m fast``: running statements are broken off."""
+        pid = int((self._folder / "postmaster.pid").read_text().split()[0])
+        os.kill(pid, signal.SIGINT)
+        if self._process is not None:
+            self._process.wait(60)
+        deadline = time.monotonic() + 60
+        while (self._folder / "postmaster.pid").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    def start(self) -> None:
+        """Returns when it answers."""
+        command = shlex.split((self._folder / "postmaster.opts").read_text())
+        owner = (self._folder / "PG_VERSION").stat().st_uid
+        with (self._folder / "log").open("ab") as output:
+            self._process = subprocess.Popen(
+                command, user=owner if os.geteuid() == 0 else None, stdout=output, stderr=output
+            )
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                psycopg2.connect(self.server_dsn).close()
+            except psycopg2.OperationalError:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            else:
+                return
+
+
+@pytest.fixture
+def own_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OwnServer]:
+    folder = tmp_path_factory.mktemp("s")
+    with embedded_server(folder) as dsn:
+        server = OwnServer(folder, dsn)
+        yield server
+        if not (folder / "postgres" / "postmaster.pid").exists():
+            server.start()
+        server.stop()

@@ -1,0 +1,180 @@
+"""The spool: what was appended comes back, whole and in order, whatever happened to the file."""
+
+import fcntl
+import os
+import uuid
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import structlog
+
+from exportd.db.rows import DownloadEvent
+from exportd.db.spool import Spool
+from tests.db.test_ledger import event
+
+JOB = uuid.uuid4()
+
+
+def events(count: int) -> list[DownloadEvent]:
+    return [event(JOB, request_id=f"r{number}", reason="é\n") for number in range(count)]
+
+
+class Writer:
+    """Takes events, and fails as often as asked."""
+
+    def __init__(self, failures: int = 0) -> None:
+        self.written: list[DownloadEvent] = []
+        self.failures = failures
+
+    async def __call__(self, events: list[DownloadEvent]) -> None:
+        if self.failures:
+            self.failures -= 1
+            raise ConnectionError
+        self.written += events
+
+
+@pytest.fixture
+def spool(tmp_path: Path) -> Iterator[Spool]:
+    spool = Spool.create(tmp_path / "ledger", uuid.uuid4())
+    yield spool
+    spool.close()
+
+
+def file_of(spool: Spool, folder: Path) -> Path:
+    return folder / "ledger" / f"{spool.owner}.spool"
+
+
+async def test_what_was_appended_comes_back_in_order(spool: Spool, tmp_path: Path) -> None:
+    given = events(5)
+    await spool.append(given[:2])
+    await spool.append(given[2:])
+    assert len(spool) == 5
+    writer = Writer()
+    await spool.replay(writer)
+    assert writer.written == given
+    assert len(spool) == 0
+    assert file_of(spool, tmp_path).stat().st_size == 0
+
+
+async def test_a_replay_that_fails_keeps_everything(spool: Spool) -> None:
+    given = events(3)
+    await spool.append(given)
+    writer = Writer(failures=1)
+    with pytest.raises(ConnectionError):
+        await spool.replay(writer)
+    assert len(spool) == 3
+    await spool.replay(writer)
+    assert writer.written == given
+
+
+async def test_what_comes_in_during_a_replay_is_not_lost(spool: Spool) -> None:
+    given = events(2)
+    await spool.append(given[:1])
+    writer = Writer()
+
+    async def write(batch: list[DownloadEvent]) -> None:
+        if not writer.written:
+            await spool.append(given[1:])
+        await writer(batch)
+
+    await spool.replay(write)
+    assert {item.event_id for item in writer.written} == {item.event_id for item in given}
+    assert len(spool) == 0
+
+
+async def test_a_torn_last_line_was_promised_to_nobody(spool: Spool, tmp_path: Path) -> None:
+    await spool.append(events(2))
+    file = file_of(spool, tmp_path)
+    whole = file.read_bytes()
+    for cut in range(1, len(whole.splitlines()[-1]) + 1):
+        os.truncate(file, len(whole) - cut)
+        assert len(list(spool.read())) == 1
+        file.write_bytes(whole)
+
+
+async def test_damage_costs_one_line_is_told_and_kept(spool: Spool, tmp_path: Path) -> None:
+    given = events(3)
+    await spool.append(given)
+    file = file_of(spool, tmp_path)
+    lines = file.read_bytes().splitlines(keepends=True)
+    lines[2] = lines[2].replace(b"ann", b"eve")
+    file.write_bytes(b"".join(lines))
+    with structlog.testing.capture_logs() as logs:
+        assert list(spool.read()) == [given[0], given[2]]
+    assert [(line["event"], line["line"]) for line in logs] == [("spool_line_damaged", 3)]
+    assert file.with_suffix(".damaged").read_bytes() == b"".join(lines)
+
+
+async def test_a_full_disk_leaves_the_file_as_it_was(
+    spool: Spool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = events(2)
+    await spool.append(given[:1])
+    before = file_of(spool, tmp_path).read_bytes()
+    real = os.write
+    calls: list[int] = []
+
+    def write(descriptor: int, block: memoryview) -> int:
+        calls.append(len(block))
+        if len(calls) > 1:
+            raise OSError(28, "No space left on device")
+        return real(descriptor, block[:50])
+
+    with monkeypatch.context() as patch:
+        patch.setattr("exportd.db.spool.os.write", write)
+        with pytest.raises(OSError, match="No space"):
+            await spool.append(given[1:])
+    assert len(calls) == 2
+    assert file_of(spool, tmp_path).read_bytes() == before
+    assert len(spool) == 1
+    await spool.append(given[1:])
+    assert list(spool.read()) == given
+
+
+async def test_what_a_dead_process_left_behind_is_adopted_once(tmp_path: Path) -> None:
+    folder = tmp_path / "ledger"
+    mine = Spool.create(folder, uuid.uuid4())
+    # A process that was killed: its file is there, the lock is not.
+    dead = Spool.create(folder, uuid.uuid4())
+    given = events(2)
+    await dead.append(given)
+    fcntl.flock(dead._descriptor, fcntl.LOCK_UN)
+
+    (adopted,) = Spool.adopt(folder)
+    assert (adopted.owner, len(adopted)) == (dead.owner, 2)
+    # Who looks at the same time finds nothing: both the living and the adopted are locked.
+    assert list(Spool.adopt(folder)) == []
+    writer = Writer()
+    await adopted.replay(writer)
+    assert writer.written == given
+    adopted.close()
+    assert list(Spool.adopt(folder)) == []
+    assert [path.stem for path in folder.iterdir()] == [str(mine.owner)]
+    mine.close()
+    assert list(folder.iterdir()) == []
+    os.close(dead._descriptor)
+
+
+async def test_a_spool_that_is_closed_with_events_in_it_stays(tmp_path: Path) -> None:
+    folder = tmp_path / "ledger"
+    spool = Spool.create(folder, uuid.uuid4())
+    await spool.append(events(1))
+    spool.close()
+    (found,) = Spool.adopt(folder)
+    assert len(found) == 1
+    found.close()
+
+
+def test_the_folder_is_its_owners_alone(spool: Spool, tmp_path: Path) -> None:
+    assert (tmp_path / "ledger").stat().st_mode & 0o777 == 0o700
+    assert file_of(spool, tmp_path).stat().st_mode & 0o777 == 0o600
+
+
+async def test_an_event_is_the_same_after_a_round_trip(spool: Spool) -> None:
+    given = replace(
+        event(JOB), requested=((0, 5), (7, 12)), received=(), outcome="aborted", reason=None, method=None
+    )
+    await spool.append([given])
+    assert list(spool.read()) == [given]
