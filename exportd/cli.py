@@ -31,7 +31,7 @@ from exportd.db.migrate import (
     migration_status,
     wait_for_database,
 )
-from exportd.db.pool import DatabaseUnavailable
+from exportd.db.pool import DatabaseRefused, DatabaseUnavailable
 from exportd.packages.pack import DraftPackage, PackError, Progress, draft_package, measure_source
 from exportd.server import Listener, MakeApp, ServerError, serve
 from exportd.settings import Key, Settings, SettingsError, load_settings
@@ -44,6 +44,7 @@ _FAILURES = (
     EmbeddedServerError,
     MigrationError,
     DatabaseUnavailable,
+    DatabaseRefused,
     PackError,
     ServerError,
     OSError,

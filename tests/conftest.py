@@ -1,1 +1,11 @@
+from asyncio import AbstractEventLoop
+from collections.abc import Callable, Mapping
+
+import uvloop
+
 pytest_plugins = ["tests.support.postgres", "tests.support.application", "tests.support.daemon"]
+
+
+def pytest_asyncio_loop_factories() -> Mapping[str, Callable[[], AbstractEventLoop]]:
+    """Tests run on the loop that the daemon runs on: its transports differ from asyncio's."""
+    return {"uvloop": uvloop.new_event_loop}

@@ -54,14 +54,15 @@ class Tokens:
         """The token's expiry, in seconds since the epoch, and its principal."""
         try:
             claims = jwt.decode(token, self._secret, algorithms=[_ALGORITHM], options={"require": ["exp"]})
-        except jwt.InvalidTokenError as error:
-            raise InvalidToken(str(error)) from error
+        except (jwt.InvalidTokenError, ValueError, TypeError, OverflowError) as error:
+            # PyJWT lets some nonsense through to what it calls.
+            raise InvalidToken(ascii(str(error))) from error
         user_id = claims.get(self._user_claim)
         if isinstance(user_id, int) and not isinstance(user_id, bool):
             user_id = str(user_id)
-        if not isinstance(user_id, str) or not 0 < len(user_id) <= _LONGEST_USER_ID or "\0" in user_id:
+        if not isinstance(user_id, str) or not _is_storable(user_id):
             raise InvalidToken(f"claim {self._user_claim!r} holds no user id")
-        return claims["exp"], Principal(user_id, claims.get(self._role_claim) == self._admin_role)
+        return float(claims["exp"]), Principal(user_id, claims.get(self._role_claim) == self._admin_role)
 
     def sign(self, user_id: str, role: str | None, ttl_seconds: int) -> str:
         """A token for ``user_id`` that is valid for ``ttl_seconds`` from now."""
@@ -70,6 +71,15 @@ class Tokens:
         if role is not None:
             claims[self._role_claim] = role
         return jwt.encode(claims, self._secret, algorithm=_ALGORITHM)
+
+
+def _is_storable(user_id: str) -> bool:
+    """Whether the database and the logs can hold it: NUL and halves of surrogate pairs they cannot."""
+    try:
+        user_id.encode()
+    except UnicodeEncodeError:
+        return False
+    return 0 < len(user_id) <= _LONGEST_USER_ID and "\0" not in user_id
 
 
 def load_or_make_secret(data_dir: Path) -> str:

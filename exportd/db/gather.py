@@ -8,12 +8,15 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Generic, TypeVar
 
+from exportd.db.pool import DatabaseUnavailable
+
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
 
 
 class Gatherer(Generic[Item, Answer]):
-    """Calls ``run`` with groups of items; it returns an answer for each, in order, or raises for all.
+    """Calls ``run`` with groups of items; it returns an answer for each, in order, or raises. A group that
+    fails with anything but DatabaseUnavailable is tried again one by one.
 
     ``fits`` makes, for each group, a judge of which items may still join it; what may not waits for the next
     call. At most ``at_once`` calls are under way.
@@ -45,15 +48,28 @@ class Gatherer(Generic[Item, Answer]):
         while self._waiting:
             group = self._take_group()
             try:
-                answers = await self._run([item for item, _ in group])
-            except Exception as error:  # noqa: BLE001  # whatever it is, those who wait must hear of it
+                await self._answer(group)
+            except BaseException:
                 for _, future in group:
-                    if not future.done():
-                        future.set_exception(error)
-            else:
-                for (_, future), answer in zip(group, answers, strict=True):
-                    if not future.done():
-                        future.set_result(answer)
+                    future.cancel()
+                raise
+
+    async def _answer(self, group: list[tuple[Item, asyncio.Future[Answer]]]) -> None:
+        try:
+            answers = await self._run([item for item, _ in group])
+        except Exception as error:  # noqa: BLE001  # whatever it is, those who wait must hear of it
+            if len(group) > 1 and not isinstance(error, DatabaseUnavailable):
+                # One that cannot be answered must not cost the others.
+                for waiting in group:
+                    await self._answer([waiting])
+                return
+            for _, future in group:
+                if not future.done():
+                    future.set_exception(error)
+        else:
+            for (_, future), answer in zip(group, answers, strict=True):
+                if not future.done():
+                    future.set_result(answer)
 
     def _take_group(self) -> list[tuple[Item, asyncio.Future[Answer]]]:
         may_join = self._fits()

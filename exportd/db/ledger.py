@@ -23,7 +23,7 @@ from exportd.db.downloads import (
     record_downloads,
 )
 from exportd.db.gather import Gatherer
-from exportd.db.pool import Database, DatabaseUnavailable, DataRefused
+from exportd.db.pool import Database, DatabaseRefused, DatabaseUnavailable
 from exportd.db.rows import DownloadEvent
 from exportd.db.spool import Spool
 
@@ -151,7 +151,7 @@ class DownloadLedger:
     async def _write_to_database(self, events: list[DownloadEvent]) -> None:
         try:
             await record_downloads(self._database, events)
-        except DataRefused:
+        except DatabaseRefused:
             if len(events) == 1:
                 # Nothing that is tried later would go better; the log has it whole.
                 log.exception("download_not_recorded", **_describe(events[0]))

@@ -16,6 +16,7 @@ from yoyo.backends.core.postgresql import PostgresqlBackend
 from yoyo.connections import DatabaseURI
 
 MINIMUM_SERVER_VERSION = 140000
+_TABLE = "exportd_migrations"
 _FOLDER = Path(__file__).parent / "migrations"
 _ADVISORY_LOCK = 0x6578706F72746400  # "exportd" in ASCII
 
@@ -84,10 +85,22 @@ def wait_for_database(dsn: str, timeout_seconds: float, on_wait: Callable[[str],
 
 
 def migration_status(dsn: str) -> list[MigrationState]:
-    """Every migration in order. Raises DatabaseNotReachable and MigrationError."""
-    with _locked_backend(dsn) as backend:
-        applied = set(backend.get_applied_migration_hashes())
-        return [MigrationState(item.id, item.hash in applied) for item in yoyo.read_migrations(str(_FOLDER))]
+    """Every migration in order. Only reads, so it needs no right to change the schema.
+
+    Raises DatabaseNotReachable and MigrationError.
+    """
+    applied: set[str] = set()
+    try:
+        with contextlib.closing(psycopg2.connect(dsn)) as connection, connection.cursor() as cursor:
+            cursor.execute("SELECT to_regclass(%s)", (_TABLE,))
+            if cursor.fetchone() != (None,):
+                cursor.execute(f"SELECT migration_hash FROM {_TABLE}")  # noqa: S608  # our own name
+                applied = {row[0] for row in cursor.fetchall()}
+    except psycopg2.OperationalError as error:
+        raise DatabaseNotReachable(" ".join(str(error).split())) from error
+    except psycopg2.Error as error:
+        raise _translate(error) from error
+    return [MigrationState(item.id, item.hash in applied) for item in yoyo.read_migrations(str(_FOLDER))]
 
 
 def migrate_up(dsn: str) -> list[str]:
@@ -115,7 +128,7 @@ def migrate_down(dsn: str) -> str | None:
 def _locked_backend(dsn: str) -> Iterator[_Backend]:
     uri = DatabaseURI("postgresql", None, None, None, None, None, {"dsn": dsn})
     try:
-        backend = _Backend(uri, "exportd_migrations")
+        backend = _Backend(uri, _TABLE)
     except psycopg2.Error as error:
         raise DatabaseNotReachable(" ".join(str(error).split())) from error
     try:
@@ -124,7 +137,11 @@ def _locked_backend(dsn: str) -> Iterator[_Backend]:
         backend.init_database()
         yield backend
     except psycopg2.Error as error:
-        primary = error.diag.message_primary or str(error)
-        raise MigrationError(" ".join(primary.split())) from error
+        raise _translate(error) from error
     finally:
         backend.connection.close()
+
+
+def _translate(error: psycopg2.Error) -> MigrationError:
+    primary = error.diag.message_primary or str(error)
+    return MigrationError(" ".join(primary.split()))

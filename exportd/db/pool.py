@@ -20,14 +20,16 @@ Parameters = Mapping[str, object] | Sequence[object]
 # How much later than the client the server gives up on a statement, so that a loop that is late still
 # sees its own limit first; the server's is for statements whose client has gone.
 _SERVER_GRACE_SECONDS = 1.0
+# How long a pool that closes waits for statements under way.
+_CLOSING_SECONDS = 5.0
 
 
 class DatabaseUnavailable(Exception):
     """The database cannot be reached, or took too long."""
 
 
-class DataRefused(Exception):
-    """The database cannot store a value, however often it is tried."""
+class DatabaseRefused(Exception):
+    """The database refuses a statement, or holds what cannot be read, however often it is tried."""
 
 
 class Database:
@@ -41,7 +43,7 @@ class Database:
         """Runs one statement and returns its rows.
 
         The statement must be a read, or idempotent: it is sent a second time when the connection broke.
-        Raises DatabaseUnavailable and DataRefused; other psycopg2 errors are defects in the statement.
+        Raises DatabaseUnavailable and DatabaseRefused.
         """
         try:
             return await self._run(statement, parameters)
@@ -60,17 +62,26 @@ class Database:
         return rows[0] if rows else None
 
     async def close(self) -> None:
-        """Closes idle connections at once and the others when their statement ends."""
+        """Closes idle connections at once and the others when their statement ends, or after a moment."""
         self._pool.close()
-        await self._pool.wait_closed()
+        try:
+            async with asyncio.timeout(_CLOSING_SECONDS):
+                await self._pool.wait_closed()
+        except TimeoutError:
+            self._pool.terminate()
 
     async def _run(self, statement: str, parameters: Parameters) -> list[tuple[Any, ...]]:
         try:
             async with self._pool.acquire() as connection, connection.cursor() as cursor:
                 await cursor.execute(statement, parameters, timeout=self._statement_timeout_seconds)
                 return await cursor.fetchall() if cursor.description else []
-        except (psycopg2.DataError, ValueError) as error:
-            raise DataRefused(_one_line(error)) from error
+        except (psycopg2.OperationalError, psycopg2.InterfaceError):
+            raise
+        except (psycopg2.Error, ValueError) as error:
+            # ValueError: a value that psycopg2 cannot send, or a time beyond Python's.
+            raise DatabaseRefused(_one_line(error)) from error
+        except RuntimeError as error:
+            raise DatabaseUnavailable("the pool is closing") from error
         except TimeoutError as error:
             raise DatabaseUnavailable("no connection or no answer in time") from error
         except asyncio.CancelledError as error:

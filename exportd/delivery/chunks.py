@@ -10,6 +10,8 @@ from exportd.delivery.outcome import DeliveryAborted, PackageUnreadable, Progres
 from exportd.delivery.pacing import Pacer
 from exportd.packages.store import OpenPackage, PackageChanged
 
+_PAUSE_SECONDS = 0.001
+
 
 async def send_by_chunks(
     response: StreamResponse,
@@ -30,29 +32,33 @@ async def send_by_chunks(
     read.
     """
     offset, stop = start, start + length
-    written = progress.bytes_sent
+    progress.bytes_written = progress.bytes_sent
     try:
         while offset < stop:
             chunk = await _read(package, offset, min(chunk_size, stop - offset))
             if not chunk:
                 raise PackageChanged(f"the file ends at byte {offset}")
+            progress.bytes_written += len(chunk)
             await response.write(chunk)
             await writer.drain()
             offset += len(chunk)
-            written += len(chunk)
-            progress.bytes_sent = written - transport.get_write_buffer_size()
+            progress.bytes_sent = progress.bytes_written - transport.get_write_buffer_size()
             if pacer is not None:
                 await pacer.pace(len(chunk))
-        # A limit of zero makes drain() wait until the transport holds nothing back.
-        transport.set_write_buffer_limits(high=0)
+        # With this limit drain() waits until the transport holds next to nothing back; with a limit of zero
+        # uvloop's TLS would wait for ever.
+        transport.set_write_buffer_limits(high=1)
         await writer.drain()
+        while transport.get_write_buffer_size() and not transport.is_closing():  # noqa: ASYNC110
+            await asyncio.sleep(_PAUSE_SECONDS)
         if transport.is_closing():
             raise DeliveryAborted("client disconnected")
-        progress.bytes_sent = written
+        progress.bytes_sent = progress.bytes_written
     except ConnectionError as error:
         raise DeliveryAborted(str(error) or "client disconnected") from error
     finally:
-        transport.set_write_buffer_limits()
+        if not transport.is_closing():
+            transport.set_write_buffer_limits()
 
 
 async def _read(package: OpenPackage, offset: int, size: int) -> bytes:

@@ -16,9 +16,11 @@ class Progress:
     """How far a delivery is, while it runs.
 
     ``bytes_sent`` counts the package's bytes that were handed to the kernel, ``bytes_acknowledged`` those
-    that the other side's kernel has confirmed, as of a second ago at most.
+    that the other side's kernel has confirmed, as of a second ago at most. ``bytes_written`` is what was
+    handed to the transport, where one is used; it may hold some of that back.
     """
 
+    bytes_written: int = 0
     bytes_sent: int = 0
     bytes_acknowledged: int = 0
 

@@ -3,6 +3,7 @@
 Library messages (aiohttp, aiopg, the embedded database) go through the same renderer.
 """
 
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -120,7 +121,11 @@ def _also_to(downloads: LineWriter, render: Renderer) -> Renderer:
 
 
 def _render_json(event: structlog.typing.EventDict) -> bytes:
-    return orjson.dumps(event, default=str)
+    try:
+        return orjson.dumps(event, default=str)
+    except TypeError:
+        # Text that is no Unicode, or a number beyond 64 bits: a line that looks odd is better than none.
+        return json.dumps(event, default=str).encode()
 
 
 def _console_renderer(colors: bool) -> Renderer:

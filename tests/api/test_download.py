@@ -15,6 +15,7 @@ import psycopg2
 import pytest
 import structlog
 from aiohttp.test_utils import TestClient
+from multidict import CIMultiDict
 
 from exportd.api import errors
 from tests.support.application import ADMIN, ANN, BASE, EVE, SECRET, Jobs, Start, bearer, noise, until_idle
@@ -197,9 +198,13 @@ async def test_an_upper_case_id_is_the_same_job(client: Client, jobs: Jobs) -> N
         ({"Authorization": "Bearer"}, 'Bearer realm="exportd", error="invalid_token"'),
         ({"Authorization": "Bearer nonsense"}, 'Bearer realm="exportd", error="invalid_token"'),
         ({"Authorization": "Basic YTpi"}, 'Bearer realm="exportd", error="invalid_token"'),
+        (
+            CIMultiDict([*ANN.items(), *ANN.items()]),
+            'Bearer realm="exportd", error="invalid_token"',
+        ),
         (bearer("ann", ttl_seconds=-1), 'Bearer realm="exportd", error="invalid_token"'),
     ],
-    ids=["none", "empty", "no token", "nonsense", "another scheme", "expired"],
+    ids=["none", "empty", "no token", "nonsense", "another scheme", "twice", "expired"],
 )
 async def test_401_without_a_good_token(
     client: Client, jobs: Jobs, headers: dict[str, str], challenge: str

@@ -1,6 +1,7 @@
 import stat
 import threading
 import time
+from datetime import datetime, tzinfo
 from pathlib import Path
 
 import jwt
@@ -52,6 +53,12 @@ NOT_TOKENS = {
     "user is a list": signed({"userId": ["ann"]}),
     "user is too long": signed({"userId": "x" * 256}),
     "user holds NUL": signed({"userId": "a\0b"}),
+    "user holds half a surrogate pair": signed({"userId": "ann\ud800"}),
+    "bytes that are no ASCII": "\udcff\udcfe.\udcff.\udcff",
+    "a header of half a surrogate pair": jwt.encode(
+        {"userId": "ann", "exp": 9999999999}, SECRET, headers={"crit": ["\ud800"]}
+    ),
+    "expiry beyond time": signed({"userId": "ann", "exp": 1e400}),
 }
 
 
@@ -85,3 +92,43 @@ def test_processes_that_start_together_agree_on_the_secret(tmp_path: Path) -> No
         thread.join()
     assert len(found) == 8
     assert set(found) == {(tmp_path / "secret").read_text()}
+
+
+def test_what_is_wrong_with_a_token_can_be_logged(tokens: Tokens) -> None:
+    for token in NOT_TOKENS.values():
+        with pytest.raises(InvalidToken) as raised:
+            tokens.verify(token)
+        str(raised.value).encode()
+
+
+def test_an_expiry_given_as_text_is_one(tokens: Tokens) -> None:
+    token = signed({"userId": "ann", "exp": str(int(time.time()) + 60)})
+    assert [tokens.verify(token).user_id for _ in range(2)] == ["ann", "ann"]
+
+
+def test_a_remembered_token_expires_all_the_same(tokens: Tokens, monkeypatch: pytest.MonkeyPatch) -> None:
+    token = tokens.sign("ann", None, 60)
+    assert tokens.verify(token).user_id == "ann"
+    later = time.time() + 61
+    monkeypatch.setattr("exportd.auth.tokens.time.time", lambda: later)
+    monkeypatch.setattr("jwt.api_jwt.datetime", _Clock(later))
+    with pytest.raises(InvalidToken):
+        tokens.verify(token)
+
+
+class _Clock:
+    """Stands in for the datetime class where PyJWT asks it for the time."""
+
+    def __init__(self, now: float) -> None:
+        self._now = now
+
+    def now(self, tz: tzinfo) -> datetime:
+        return datetime.fromtimestamp(self._now, tz)
+
+
+def test_what_is_remembered_is_bounded(tokens: Tokens, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("exportd.auth.tokens._MOST_REMEMBERED", 3)
+    issued = [tokens.sign(f"user-{number}", None, 60) for number in range(10)]
+    for token in issued:
+        tokens.verify(token)
+    assert list(tokens._verified) == issued[-3:]

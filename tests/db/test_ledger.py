@@ -563,3 +563,15 @@ async def test_a_long_delivery_is_written_while_it_runs(
                 seen.append(expected)
     assert seen == [100, 200, 300]
     assert await count(database, job_id) == 0
+
+
+async def test_a_job_that_cannot_be_read_costs_no_other_look_up(database: Database, dsn: str) -> None:
+    good, _ = await completed_job(database)
+    bad, _ = await completed_job(database)
+    # Beyond what Python's datetime can hold.
+    query(dsn, "UPDATE export_jobs SET completed_at = '20000-01-01' WHERE job_id = %s", (str(bad),))
+    finder = JobFinder(database)
+    results = await asyncio.gather(
+        *(finder.find_job(job_id) for job_id in [good, bad, good, bad, good]), return_exceptions=True
+    )
+    assert [type(result).__name__ for result in results] == ["Job", "DatabaseRefused"] * 2 + ["Job"]

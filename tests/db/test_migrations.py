@@ -3,6 +3,7 @@
 import importlib.util
 import subprocess
 import threading
+import uuid
 from pathlib import Path
 
 import psycopg2
@@ -243,3 +244,15 @@ def test_a_server_too_old_is_refused(dsn: str, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("exportd.db.migrate.MINIMUM_SERVER_VERSION", 990000)
     with pytest.raises(MigrationError, match="PostgreSQL 14 or newer is needed; the server is 18"):
         wait_for_database(dsn, 5, lambda _: None)
+
+
+def test_status_needs_no_right_to_change_anything(empty_dsn: str) -> None:
+    assert not any(state.is_applied for state in migration_status(empty_dsn))
+    rows = query(empty_dsn, "SELECT table_name FROM information_schema.tables WHERE table_schema = 'public'")
+    assert rows == []
+    migrate_up(empty_dsn)
+    name = f"reader_{uuid.uuid4().hex}"
+    query(empty_dsn, f"CREATE ROLE {name} LOGIN; GRANT SELECT ON ALL TABLES IN SCHEMA public TO {name}")
+    reader = psycopg2.extensions.make_dsn(empty_dsn, user=name)
+    assert all(state.is_applied for state in migration_status(reader))
+    query(empty_dsn, f"DROP OWNED BY {name}; DROP ROLE {name}")

@@ -7,7 +7,8 @@ from pathlib import Path
 import psycopg2
 import pytest
 
-from exportd.db.pool import Database, DatabaseUnavailable, open_database
+from exportd.db import pool
+from exportd.db.pool import Database, DatabaseRefused, DatabaseUnavailable, open_database
 from tests.support.postgres import query
 
 OPTIONS = {
@@ -119,7 +120,7 @@ async def test_a_pool_that_is_used_up_is_unavailable_in_time(dsn: str) -> None:
 
 
 async def test_a_wrong_statement_is_a_defect_not_an_outage(database: Database) -> None:
-    with pytest.raises(psycopg2.errors.UndefinedTable):
+    with pytest.raises(DatabaseRefused, match='relation "nowhere" does not exist'):
         await database.fetch_one("SELECT * FROM nowhere")
     assert await database.fetch_one("SELECT 1") == (1,)
 
@@ -127,3 +128,18 @@ async def test_a_wrong_statement_is_a_defect_not_an_outage(database: Database) -
 async def test_opening_an_unreachable_database_fails(tmp_path: Path) -> None:
     with pytest.raises(DatabaseUnavailable, match="No such file or directory"):
         await open_database(f"host={tmp_path} dbname=x", **OPTIONS)  # type: ignore[arg-type]
+
+
+async def test_closing_does_not_wait_for_a_statement_that_never_ends(
+    dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "_CLOSING_SECONDS", 0.2)
+    database = await open_database(dsn, **OPTIONS)  # type: ignore[arg-type]
+    stuck = asyncio.create_task(database.fetch_one("SELECT pg_sleep(3600)"))
+    sleeping = "SELECT count(*) FROM pg_stat_activity WHERE query = 'SELECT pg_sleep(3600)'"
+    while query(dsn, sleeping) == [(0,)]:
+        await asyncio.sleep(0.01)
+    async with asyncio.timeout(10):
+        await database.close()
+    stuck.cancel()
+    await asyncio.gather(stuck, return_exceptions=True)

@@ -41,11 +41,23 @@ async def test_a_client_that_takes_nothing_is_dropped(
     assert jobs.counts(package)[0] == 0
 
 
-@pytest.mark.parametrize("sender", ["sendfile", "chunks"], indirect=True)
-async def test_a_slow_client_is_not_a_stalled_one(start: Start, jobs: Jobs, sender: str) -> None:
+@pytest.mark.parametrize(
+    ("sender", "chunk_size"),
+    [("sendfile", 65536), ("chunks", 65536), ("chunks", 16 * 1024 * 1024)],
+    indirect=["sender"],
+)
+async def test_a_slow_client_is_not_a_stalled_one(
+    start: Start, jobs: Jobs, sender: str, chunk_size: int
+) -> None:
     """It takes a little more often than the time-out, for several time-outs."""
     timeout = 0.4
-    client = await start(download={"sendfile": sender == "sendfile", "stall_timeout_seconds": timeout})
+    client = await start(
+        download={
+            "sendfile": sender == "sendfile",
+            "stall_timeout_seconds": timeout,
+            "chunk_size": chunk_size,
+        }
+    )
     package = jobs.add(noise(SIZE))
     connection = await connect(client)
     loop = asyncio.get_running_loop()

@@ -11,6 +11,7 @@ import ssl
 import subprocess
 import sys
 import threading
+import uuid
 from pathlib import Path
 
 import psycopg2
@@ -18,7 +19,7 @@ import pytest
 import trustme
 
 from exportd.db.embedded import embedded_server
-from tests.support.application import ANN, BASE, bearer
+from tests.support.application import ANN, BASE, SECRET, bearer
 from tests.support.daemon import Daemon, Exportd, wait_for
 from tests.support.postgres import query
 from tests.support.programs import require
@@ -105,26 +106,80 @@ def test_a_ready_package_is_served_byte_for_byte(exportd: Exportd, source: Path,
     assert get(daemon, path_of(published)) == (200, ready.read_bytes())
 
 
-def test_https_delivers_in_chunks(exportd: Exportd, source: Path, tmp_path: Path) -> None:
+def serve_https(exportd: Exportd, folder: Path) -> tuple[Daemon, ssl.SSLContext]:
+    """A daemon with a certificate of its own, and a context that trusts it."""
     authority = trustme.CA()
     certificate = authority.issue_cert("127.0.0.1")
-    certificate.private_key_pem.write_to_path(tmp_path / "key.pem")
+    certificate.private_key_pem.write_to_path(folder / "key.pem")
     for pem in certificate.cert_chain_pems:
-        pem.write_to_path(tmp_path / "cert.pem", append=True)
-    published = exportd.publish(source)
+        pem.write_to_path(folder / "cert.pem", append=True)
     daemon = exportd.serve(
-        EXPORTD_SERVER__TLS_CERT=str(tmp_path / "cert.pem"), EXPORTD_SERVER__TLS_KEY=str(tmp_path / "key.pem")
+        EXPORTD_SERVER__TLS_CERT=str(folder / "cert.pem"), EXPORTD_SERVER__TLS_KEY=str(folder / "key.pem")
     )
-    assert daemon.url.startswith("https://")
     context = ssl.create_default_context()
     authority.configure_trust(context)
+    return daemon, context
+
+
+def test_a_client_that_leaves_an_https_download_has_not_got_it(
+    exportd: Exportd, source: Path, tmp_path: Path
+) -> None:
+    published = exportd.publish(source)
+    daemon, context = serve_https(exportd, tmp_path)
+    plain = socket.socket()
+    plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+    plain.connect(("127.0.0.1", daemon.port))
+    with context.wrap_socket(plain, server_hostname="127.0.0.1") as connection:
+        request = (
+            f"GET {path_of(published)} HTTP/1.1\r\nHost: x\r\nAuthorization: {ANN['Authorization']}\r\n\r\n"
+        )
+        connection.sendall(request.encode())
+        assert connection.recv(10_000).startswith(b"HTTP/1.1 200 ")
+    aborted = daemon.wait_for_event("download_aborted")
+    assert aborted["bytes_acknowledged"] < aborted["package_size_bytes"]
+    assert daemon.stop() == 0
+    assert query(exportd.dsn, "SELECT download_count FROM export_jobs") == [(0,)]
+
+
+def test_https_delivers_in_chunks(exportd: Exportd, source: Path, tmp_path: Path) -> None:
+    published = exportd.publish(source)
+    daemon, context = serve_https(exportd, tmp_path)
+    assert daemon.url.startswith("https://")
     connection = http.client.HTTPSConnection("127.0.0.1", daemon.port, context=context)
     connection.request("GET", path_of(published), headers=ANN)
     assert sha256(connection.getresponse().read()) == published["sha256"]
     connection.request("GET", path_of(published, "download-stats"), headers=ANN)
     assert json.loads(connection.getresponse().read())["downloadCount"] == 1
     connection.close()
-    assert [line["method"] for line in daemon.events("download_completed")] == ["chunks"]
+    # A client that asks for nothing more must not have to, for its download to end and be counted.
+    url = daemon.url + path_of(published)
+    curl = ["curl", "-sSfk", "-o", tmp_path / "out", "-H", f"Authorization: {ANN['Authorization']}"]
+    for options in ([], ["-H", "Connection: close"]):
+        subprocess.run([*curl, *options, "-m", "30", url], check=True)
+        assert sha256((tmp_path / "out").read_bytes()) == published["sha256"]
+    assert daemon.stop() == 0
+    assert [line["method"] for line in daemon.events("download_completed")] == ["chunks"] * 3
+    assert not daemon.events("download_aborted")
+    assert query(exportd.dsn, "SELECT download_count FROM export_jobs") == [(3,)]
+
+
+@pytest.mark.parametrize(
+    "authorization",
+    [b"Bearer \xff\xfe.\xff.\xff", b"Bearer eyJhbGciOiJIUzI1NiIsImNyaXQiOlsiXHVkODAwIl19.e30.AAAA", b"\xff"],
+)
+def test_no_token_however_odd_is_an_error_of_ours_or_brings_the_secret_into_the_log(
+    exportd: Exportd, authorization: bytes
+) -> None:
+    daemon = exportd.serve()
+    path = path_of({"jobId": str(uuid.uuid4())})
+    with socket.create_connection(("127.0.0.1", daemon.port), timeout=30) as connection:
+        head = b"GET %b HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAuthorization: %b\r\n\r\n"
+        connection.sendall(head % (path.encode(), authorization))
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert answer.startswith(b"HTTP/1.1 401 ")
+    assert daemon.stop() == 0
+    assert daemon.events("authentication_failed")
+    assert SECRET not in json.dumps(daemon.log)
 
 
 def test_two_publishes_and_a_daemon_share_one_embedded_database(
