@@ -9,6 +9,7 @@ from exportd.api.access import TOKENS
 from exportd.api.download import (
     DATABASE,
     DELIVERY_OPTIONS,
+    FAILURE_REASONS,
     JOBS,
     LEDGER,
     MAX_RANGES,
@@ -17,17 +18,20 @@ from exportd.api.download import (
 )
 from exportd.api.health import healthz, readyz
 from exportd.api.lifecycle import Lifecycle
-from exportd.api.middleware import LIFECYCLE, edge, set_common_headers
+from exportd.api.metrics import count_answer, measure, metrics
+from exportd.api.middleware import LIFECYCLE, METRICS, edge, set_common_headers
 from exportd.api.statistics import download_statistics
 from exportd.auth.tokens import Tokens, load_or_make_secret
 from exportd.db.jobs import JobFinder
 from exportd.db.ledger import open_ledger
 from exportd.db.pool import Database, open_database
+from exportd.delivery.outcome import METHODS
 from exportd.delivery.response import DeliveryOptions
 from exportd.delivery.watch import Patience
 from exportd.packages.pack import remove_abandoned
 from exportd.packages.store import PackageStore
 from exportd.settings import Settings
+from exportd.telemetry.metrics import Metrics
 
 log = structlog.get_logger()
 
@@ -36,6 +40,7 @@ def make_app(settings: Settings, dsn: str) -> web.Application:
     """The daemon's application. Its database pool lives from the application's start-up to its clean-up."""
     app = web.Application(middlewares=[edge])
     app[LIFECYCLE] = Lifecycle()
+    noted = app[METRICS] = Metrics(FAILURE_REASONS, METHODS)
     app[TOKENS] = make_tokens(settings)
     app[STORE] = PackageStore(settings.storage_root)
     app[MAX_RANGES] = settings.download.max_ranges
@@ -49,25 +54,28 @@ def make_app(settings: Settings, dsn: str) -> web.Application:
             settings.download.least_rate_bytes_per_second,
             settings.download.least_rate_window_seconds,
         ),
+        observer=noted,
     )
 
     async def resources(app: web.Application) -> AsyncIterator[None]:
         _prepare_storage(settings)
         database = app[DATABASE] = await connect(settings, dsn)
         app[JOBS] = JobFinder(database)
-        ledger = app[LEDGER] = await open_ledger(database, settings.data_dir / "ledger")
+        ledger = app[LEDGER] = await open_ledger(database, settings.data_dir / "ledger", noted.events_flushed)
         yield
         await ledger.close()
         await database.close()
 
-    app.cleanup_ctx.append(resources)
+    app.cleanup_ctx.extend([resources, measure])
+    app.on_response_prepare.append(count_answer)
     app.on_response_prepare.append(set_common_headers)
-    # Any id at all, so that one that is no UUID is told so.
+    # Metrics tell routes apart by their names. Any id at all, so that one that is no UUID is told so.
     jobs = f"{settings.server.base_path}/export-jobs/{{job_id:[^/]+}}"
-    app.router.add_get(f"{jobs}/download", download_package)
-    app.router.add_get(f"{jobs}/download-stats", download_statistics)
-    app.router.add_get("/healthz", healthz)
-    app.router.add_get("/readyz", readyz)
+    app.router.add_get(f"{jobs}/download", download_package, name="download")
+    app.router.add_get(f"{jobs}/download-stats", download_statistics, name="statistics")
+    app.router.add_get("/healthz", healthz, name="healthz")
+    app.router.add_get("/readyz", readyz, name="readyz")
+    app.router.add_get("/metrics", metrics, name="metrics")
     return app
 
 

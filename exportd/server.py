@@ -19,6 +19,7 @@ from gunicorn.app.base import BaseApplication
 from gunicorn.glogging import Logger
 
 from exportd.api.middleware import LIFECYCLE
+from exportd.telemetry.metrics import forget_dead_processes, shared_metrics
 
 log = structlog.get_logger()
 
@@ -154,10 +155,12 @@ def _serve_by_workers(
         "keyfile": str(listener.tls_key) if listener.tls_key else None,
         "logger_class": _GunicornLogger,
         "when_ready": lambda _: started(),
+        "child_exit": lambda _, __: forget_dead_processes(),
         "control_socket_disable": True,
     }
     try:
-        _Gunicorn(options, make_runner).run()
+        with shared_metrics():
+            _Gunicorn(options, make_runner).run()
     except SystemExit as exit_request:
         return int(exit_request.code or 0)
     return 0

@@ -36,6 +36,7 @@ DOORS = {
     "gunicorn": {"server.py"},
     "click": {"cli.py"},
     "pydantic": {"settings.py"},
+    "prometheus_client": {"telemetry/metrics.py"},
 }
 
 MODULES = sorted(PACKAGE.rglob("*.py"))

@@ -23,19 +23,19 @@ from exportd.api.errors import (
     RangeNotSatisfiable,
     StorageError,
 )
-from exportd.api.middleware import BEGAN_AT, REQUEST_ID
+from exportd.api.middleware import METRICS, RECEIVED_AT, REQUEST_ID
 from exportd.auth.permission import Decision, decide_download
 from exportd.auth.principal import Principal
 from exportd.db.jobs import JobFinder
 from exportd.db.ledger import DownloadLedger
 from exportd.db.pool import Database
 from exportd.db.rows import DownloadEvent, Job
-from exportd.delivery.outcome import Delivery, Progress
+from exportd.delivery.outcome import FAILURES, Delivery, Progress
 from exportd.delivery.response import DeliveryOptions, deliver
 from exportd.http.body import Segment, frame_body
 from exportd.http.content_disposition import content_disposition
 from exportd.http.plan import Plan, Representation, RequestFields, plan_response
-from exportd.http.sizes import format_size
+from exportd.http.sizes import format_size, size_range
 from exportd.http.validators import (
     entity_tag,
     http_date,
@@ -55,6 +55,9 @@ STORE = web.AppKey("store", PackageStore)
 DELIVERY_OPTIONS = web.AppKey("delivery_options", DeliveryOptions)
 MAX_RANGES = web.AppKey("max_ranges", int)
 
+# Why downloads fail, as metrics tell it: before their delivery, in it, and by a defect of ours.
+FAILURE_REASONS = ("missing", "unusable", "suspect", *FAILURES, "defect")
+
 _CONTENT_TYPE = "application/gzip"
 _LONGEST_USER_AGENT = 256
 
@@ -66,8 +69,8 @@ async def download_package(request: web.Request) -> web.StreamResponse:
     job = await request.app[JOBS].find_job(job_id)
     if job is None:
         raise JobNotFound
-    _check_permission(principal, job)
-    with _open_package(request.app[STORE], job) as package:
+    _check_permission(request, principal, job)
+    with _open_package(request, job) as package:
         representation = _describe(job, package)
         fields, max_ranges = _request_fields(request), request.app[MAX_RANGES]
         plan = plan_response(request.method, fields, representation, max_ranges)
@@ -86,7 +89,7 @@ async def download_package(request: web.Request) -> web.StreamResponse:
         return await _deliver(request, response, principal, job, package, plan, body.segments)
 
 
-def _check_permission(principal: Principal, job: Job) -> None:
+def _check_permission(request: web.Request, principal: Principal, job: Job) -> None:
     match decide_download(principal, job, job.read_at):
         case Decision.UNAUTHORIZED:
             raise refuse(job.user_id)
@@ -97,6 +100,7 @@ def _check_permission(principal: Principal, job: Job) -> None:
             raise _denied(PackageExpired(extra={"expiresAt": expires_at}))
         case Decision.SUSPECT:
             log.error("download_failed", reason="the package is suspect")
+            request.app[METRICS].download_refused("suspect")
             raise StorageError
         case Decision.ALLOWED:
             pass
@@ -107,15 +111,17 @@ def _denied(error: ApiError) -> ApiError:
     return error
 
 
-def _open_package(store: PackageStore, job: Job) -> OpenPackage:
+def _open_package(request: web.Request, job: Job) -> OpenPackage:
     assert job.package_path is not None
     try:
-        return store.open(job.package_path, job.package_size_bytes)
+        return request.app[STORE].open(job.package_path, job.package_size_bytes)
     except PackageMissing as error:
         log.error("download_failed", reason="file not found", package_size_bytes=job.package_size_bytes)
+        request.app[METRICS].download_refused("missing")
         raise FileNotFound from error
     except PackageUnusable as error:
         log.error("download_failed", reason=str(error), package_size_bytes=job.package_size_bytes)
+        request.app[METRICS].download_refused("unusable")
         raise StorageError from error
 
 
@@ -201,9 +207,7 @@ async def _deliver(
 
     log.debug("download_started", package_size_bytes=package.size_bytes, status=plan.status)
     with ledger.checkpoints(lambda: describe("running", None, None)):
-        delivery = await deliver(
-            request, response, package, segments, request.app[DELIVERY_OPTIONS], progress
-        )
+        delivery = await _deliver_counted(request, response, package, segments, progress)
         event = describe(delivery.outcome, delivery.reason, delivery.method)
         _log_end(request, plan, delivery, event)
         recording = ledger.record(event)
@@ -211,6 +215,32 @@ async def _deliver(
     if delivery.reason == "shutdown":
         raise asyncio.CancelledError
     return response
+
+
+async def _deliver_counted(
+    request: web.Request,
+    response: web.StreamResponse,
+    package: OpenPackage,
+    segments: Sequence[Segment],
+    progress: Progress,
+) -> Delivery:
+    """As ``deliver``, with its start and its end in the metrics."""
+    metrics = request.app[METRICS]
+    metrics.download_started()
+    try:
+        delivery = await deliver(
+            request, response, package, segments, request.app[DELIVERY_OPTIONS], progress
+        )
+    except BaseException:
+        metrics.download_failed("defect")
+        raise
+    if delivery.failure is None:
+        metrics.download_completed(
+            size_range(delivery.bytes_sent), delivery.bytes_sent, delivery.duration_seconds
+        )
+    else:
+        metrics.download_failed(delivery.failure)
+    return delivery
 
 
 def _first_bytes(plan: Plan, count: int) -> tuple[tuple[int, int], ...]:
@@ -245,7 +275,7 @@ async def _conclude(recording: asyncio.Future[None], event: DownloadEvent) -> No
 
 
 def _log_end(request: web.Request, plan: Plan, delivery: Delivery, event: DownloadEvent) -> None:
-    first_byte = delivery.first_byte_at and round(delivery.first_byte_at - request[BEGAN_AT], 6)
+    first_byte = delivery.first_byte_at and round(delivery.first_byte_at - request[RECEIVED_AT], 6)
     fields = {
         "outcome": event.outcome,
         "status": event.http_status,

@@ -19,24 +19,27 @@ from exportd.api.errors import (
 )
 from exportd.api.lifecycle import Lifecycle
 from exportd.db.pool import DatabaseUnavailable
+from exportd.telemetry.metrics import Metrics
 
 log = structlog.get_logger()
 
 LIFECYCLE = web.AppKey("lifecycle", Lifecycle)
+METRICS = web.AppKey("metrics", Metrics)
 REQUEST_ID = web.RequestKey("request_id", str)
-BEGAN_AT = web.RequestKey("began_at", float)
+# By time.perf_counter().
+RECEIVED_AT = web.RequestKey("received_at", float)
 
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}", re.ASCII)
 _TRACE_PARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?", re.ASCII)
 _SERVER = "exportd"
-# A probe must be able to tell "draining" from "gone".
-_PROBES = ("/healthz", "/readyz")
+# A probe must be able to tell "draining" from "gone"; a drain may take an hour, and is worth watching.
+_PROBES = ("/healthz", "/readyz", "/metrics")
 
 
 @web.middleware
 async def edge(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Gives the request its id and turns whatever is raised into an error response."""
-    request[BEGAN_AT] = time.monotonic()
+    request[RECEIVED_AT] = time.perf_counter()
     request_id = _request_id(request)
     request[REQUEST_ID] = request_id
     structlog.contextvars.clear_contextvars()

@@ -5,6 +5,7 @@ loses no time, and a busy one needs a fraction of the statements.
 """
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Generic, TypeVar
 
@@ -12,6 +13,9 @@ from exportd.db.pool import DatabaseUnavailable
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
+
+# Told of each call: how many items, how many seconds, and whether it went well.
+Observe = Callable[[int, float, bool], None]
 
 
 class Gatherer(Generic[Item, Answer]):
@@ -27,12 +31,20 @@ class Gatherer(Generic[Item, Answer]):
         run: Callable[[list[Item]], Awaitable[Sequence[Answer]]],
         fits: Callable[[], Callable[[Item], bool]],
         at_once: int,
+        observe: Observe = lambda *_: None,
     ) -> None:
         self._run = run
         self._fits = fits
         self._at_once = at_once
+        self._observe = observe
+        self._under_way = 0
         self._waiting: list[tuple[Item, asyncio.Future[Answer]]] = []
         self._running: set[asyncio.Task[None]] = set()
+
+    @property
+    def waiting(self) -> int:
+        """How many items have no answer yet."""
+        return len(self._waiting) + self._under_way
 
     def submit(self, item: Item) -> asyncio.Future[Answer]:
         """The item's answer, to come. Who stops waiting for it does not stop the call."""
@@ -47,16 +59,21 @@ class Gatherer(Generic[Item, Answer]):
     async def _work(self) -> None:
         while self._waiting:
             group = self._take_group()
+            self._under_way += len(group)
             try:
                 await self._answer(group)
             except BaseException:
                 for _, future in group:
                     future.cancel()
                 raise
+            finally:
+                self._under_way -= len(group)
 
     async def _answer(self, group: list[tuple[Item, asyncio.Future[Answer]]]) -> None:
+        began, went_well = time.perf_counter(), False
         try:
             answers = await self._run([item for item, _ in group])
+            went_well = True
         except Exception as error:  # noqa: BLE001  # whatever it is, those who wait must hear of it
             if len(group) > 1 and not isinstance(error, DatabaseUnavailable):
                 # One that cannot be answered must not cost the others.
@@ -70,6 +87,8 @@ class Gatherer(Generic[Item, Answer]):
             for (_, future), answer in zip(group, answers, strict=True):
                 if not future.done():
                     future.set_result(answer)
+        finally:
+            self._observe(len(group), time.perf_counter() - began, went_well)
 
     def _take_group(self) -> list[tuple[Item, asyncio.Future[Answer]]]:
         may_join = self._fits()

@@ -40,6 +40,25 @@ SELECT job_id,
  WHERE job_id = %s
 """
 
+# As decide_download judges, and what an application's own statuses may say otherwise is "other".
+_SUM_PACKAGES = """
+SELECT CASE
+           WHEN status::text IN ('pending', 'processing', 'failed') THEN status::text
+           WHEN status::text <> 'completed' THEN 'other'
+           WHEN package_path IS NULL THEN 'deleted'
+           WHEN package_expires_at::timestamptz <= now() THEN 'expired'
+           WHEN package_suspect_since IS NOT NULL THEN 'suspect'
+           ELSE 'available'
+       END,
+       count(*),
+       coalesce(sum(package_size_bytes::bigint), 0)::bigint
+  FROM export_jobs
+ GROUP BY 1
+"""
+_PACKAGE_STATES = (
+    "pending", "processing", "failed", "other", "available", "suspect", "expired", "deleted",
+)  # fmt: skip
+
 # The row is there or it is not: a second try after a lost connection inserts nothing and reads it back.
 _RECORD_COMPLETED = """
 WITH inserted AS (
@@ -85,6 +104,16 @@ async def find_statistics(database: Database, job_id: UUID) -> JobStatistics | N
     """
     row = await database.fetch_one(_FIND_STATISTICS, (job_id,))
     return None if row is None else JobStatistics(*row)
+
+
+async def sum_packages(database: Database) -> dict[str, tuple[int, int]]:
+    """How many jobs there are in each state, and how many bytes their packages have.
+
+    Reads the whole table. Raises DatabaseUnavailable.
+    """
+    rows = await database.fetch_all(_SUM_PACKAGES)
+    found = {state: (count, size_bytes) for state, count, size_bytes in rows}
+    return {state: found.get(state, (0, 0)) for state in _PACKAGE_STATES}
 
 
 async def record_completed_job(

@@ -22,7 +22,7 @@ from exportd.db.downloads import (
     one_statement,
     record_downloads,
 )
-from exportd.db.gather import Gatherer
+from exportd.db.gather import Gatherer, Observe
 from exportd.db.pool import Database, DatabaseRefused, DatabaseUnavailable
 from exportd.db.rows import DownloadEvent
 from exportd.db.spool import Spool
@@ -63,18 +63,25 @@ class DownloadLedger:
     Made by ``open_ledger``.
     """
 
-    def __init__(self, database: Database, spool: Spool, folder: Path) -> None:
+    def __init__(self, database: Database, spool: Spool, folder: Path, observe: Observe) -> None:
         self.daemon_id = spool.owner
         self._database = database
         self._spool = spool
         self._folder = folder
-        self._gatherer: Gatherer[DownloadEvent, None] = Gatherer(self._write, one_statement, at_once=1)
+        self._gatherer: Gatherer[DownloadEvent, None] = Gatherer(
+            self._write, one_statement, at_once=1, observe=observe
+        )
         self._recording: set[asyncio.Future[None]] = set()
         self._running: set[_Running] = set()
         # What neither the database nor the disk took.
         self._homeless: list[DownloadEvent] = []
         self._looked_for_lost_at = float("-inf")
         self._background = asyncio.create_task(self._work_in_background())
+
+    @property
+    def waiting(self) -> int:
+        """How many events are not written yet, and not spooled."""
+        return self._gatherer.waiting
 
     @property
     def spooled(self) -> int:
@@ -230,12 +237,14 @@ class DownloadLedger:
         self._looked_for_lost_at = time.monotonic()
 
 
-async def open_ledger(database: Database, folder: Path) -> DownloadLedger:
+async def open_ledger(database: Database, folder: Path, observe: Observe = lambda *_: None) -> DownloadLedger:
     """The ledger of this process, its spool in ``folder``, once what others have left is finished.
+
+    ``observe`` is told of each statement.
 
     Raises OSError and DatabaseUnavailable.
     """
-    ledger = DownloadLedger(database, Spool.create(folder, uuid4()), folder)
+    ledger = DownloadLedger(database, Spool.create(folder, uuid4()), folder, observe)
     try:
         await ledger.finish_for_others()
     except BaseException:

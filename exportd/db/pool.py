@@ -7,6 +7,7 @@ the rule for callers: a statement is a read, or may be run twice with the effect
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import aiopg
@@ -30,6 +31,15 @@ class DatabaseUnavailable(Exception):
 
 class DatabaseRefused(Exception):
     """The database refuses a statement, or holds what cannot be read, however often it is tried."""
+
+
+@dataclass(frozen=True, slots=True)
+class PoolUse:
+    """How many connections there are, and may be."""
+
+    in_use: int
+    idle: int
+    limit: int
 
 
 class Database:
@@ -60,6 +70,12 @@ class Database:
         """As ``fetch_all``, for a statement that returns at most one row."""
         rows = await self.fetch_all(statement, parameters)
         return rows[0] if rows else None
+
+    @property
+    def pool_use(self) -> PoolUse:
+        """How busy the pool is now."""
+        idle = self._pool.freesize
+        return PoolUse(self._pool.size - idle, idle, self._pool.maxsize)
 
     async def close(self) -> None:
         """Closes idle connections at once and the others when their statement ends, or after a moment."""

@@ -1,12 +1,13 @@
 """The package is read and written in chunks, for connections that sendfile cannot serve (TLS)."""
 
 import asyncio
+import time
 
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.web import StreamResponse
 
 from exportd.delivery import cold
-from exportd.delivery.outcome import DeliveryAborted, PackageUnreadable, Progress
+from exportd.delivery.outcome import DeliveryAborted, Observer, PackageUnreadable, Progress
 from exportd.delivery.pacing import Pacer
 from exportd.packages.store import OpenPackage, PackageChanged
 
@@ -24,6 +25,7 @@ async def send_by_chunks(
     chunk_size: int,
     progress: Progress,
     pacer: Pacer | None,
+    observer: Observer,
 ) -> None:
     """Sends ``length`` bytes of an open package from ``start`` on, a few chunks ahead of the client at most.
 
@@ -32,10 +34,10 @@ async def send_by_chunks(
     read.
     """
     offset, stop = start, start + length
-    progress.bytes_written = progress.bytes_sent
+    progress.bytes_written = observed = progress.bytes_sent
     try:
         while offset < stop:
-            chunk = await _read(package, offset, min(chunk_size, stop - offset))
+            chunk = await _read(package, offset, min(chunk_size, stop - offset), observer)
             if not chunk:
                 raise PackageChanged(f"the file ends at byte {offset}")
             progress.bytes_written += len(chunk)
@@ -43,6 +45,9 @@ async def send_by_chunks(
             await writer.drain()
             offset += len(chunk)
             progress.bytes_sent = progress.bytes_written - transport.get_write_buffer_size()
+            if progress.bytes_sent > observed:
+                observer.bytes_sent("chunks", progress.bytes_sent - observed)
+                observed = progress.bytes_sent
             if pacer is not None:
                 await pacer.pace(len(chunk))
         # With this limit drain() waits until the transport holds next to nothing back; with a limit of zero
@@ -54,6 +59,7 @@ async def send_by_chunks(
         if transport.is_closing():
             raise DeliveryAborted("client disconnected")
         progress.bytes_sent = progress.bytes_written
+        observer.bytes_sent("chunks", progress.bytes_sent - observed)
     except ConnectionError as error:
         raise DeliveryAborted(str(error) or "client disconnected") from error
     finally:
@@ -61,11 +67,13 @@ async def send_by_chunks(
             transport.set_write_buffer_limits()
 
 
-async def _read(package: OpenPackage, offset: int, size: int) -> bytes:
+async def _read(package: OpenPackage, offset: int, size: int, observer: Observer) -> bytes:
+    began = time.perf_counter()
     try:
-        data = await cold.read(package.descriptor, offset, size)
+        data, is_cold = await cold.read(package.descriptor, offset, size)
         # After the read: what was read before the file was written to is what was promised.
         package.check_unchanged()
     except OSError as error:
         raise PackageUnreadable(error.strerror or str(error)) from error
+    observer.slice_sent(time.perf_counter() - began, is_cold)
     return data

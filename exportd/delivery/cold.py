@@ -40,13 +40,13 @@ def read_resident(descriptor: int, offset: int, size: int) -> bytes | None:
     return bytes(memoryview(buffer)[:count])
 
 
-async def read(descriptor: int, offset: int, size: int) -> bytes:
-    """As ``os.pread``, without ever blocking the loop. Raises OSError."""
+async def read(descriptor: int, offset: int, size: int) -> tuple[bytes, bool]:
+    """As ``os.pread``, without ever blocking the loop; and whether that took a thread. Raises OSError."""
     data = read_resident(descriptor, offset, size)
     if data is not None:
-        return data
+        return data, False
     loop = asyncio.get_running_loop()
-    return await loop.run_in_executor(_threads, _read_and_go_on, descriptor, offset, size)
+    return await loop.run_in_executor(_threads, _read_and_go_on, descriptor, offset, size), True
 
 
 def is_resident(descriptor: int, offset: int, size: int) -> bool:

@@ -13,7 +13,7 @@ from aiohttp.abc import AbstractStreamWriter
 from aiohttp.web import Request, StreamResponse
 
 from exportd.delivery.chunks import send_by_chunks
-from exportd.delivery.outcome import Delivery, DeliveryAborted, PackageUnreadable, Progress
+from exportd.delivery.outcome import Delivery, DeliveryAborted, Observer, PackageUnreadable, Progress
 from exportd.delivery.pacing import Pacer, limit_unsent, pace_by_kernel
 from exportd.delivery.sendfile import SendfileUnsupported, send_by_sendfile
 from exportd.delivery.watch import Patience, Watch
@@ -34,6 +34,7 @@ class DeliveryOptions:
     chunk_size: int
     max_rate_bytes_per_second: int
     patience: Patience
+    observer: Observer
 
 
 async def deliver(
@@ -158,7 +159,7 @@ class _Sending:
         writer = await self._response.prepare(self._request)
         assert writer is not None
         await self._flush(transport, writer)
-        self.first_byte_at = time.monotonic()
+        self.first_byte_at = time.perf_counter()
         return writer
 
     async def _send_range(
@@ -182,6 +183,7 @@ class _Sending:
                     slice_bytes=self._options.slice_bytes,
                     progress=self.progress,
                     watch=watch,
+                    observer=self._options.observer,
                 )
             except SendfileUnsupported:
                 self.by_kernel = False
@@ -198,6 +200,7 @@ class _Sending:
             chunk_size=self._options.chunk_size,
             progress=self.progress,
             pacer=pacer,
+            observer=self._options.observer,
         )
 
     async def _flush(self, transport: asyncio.Transport, writer: AbstractStreamWriter) -> None:

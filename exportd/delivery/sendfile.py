@@ -7,9 +7,10 @@ connection when the transport closes first. Header bytes must have left the tran
 import asyncio
 import errno
 import os
+import time
 
 from exportd.delivery.cold import is_resident, make_resident
-from exportd.delivery.outcome import DeliveryAborted, PackageUnreadable, Progress
+from exportd.delivery.outcome import DeliveryAborted, Observer, PackageUnreadable, Progress
 from exportd.delivery.watch import Watch
 from exportd.packages.store import OpenPackage, PackageChanged
 
@@ -31,6 +32,7 @@ async def send_by_sendfile(
     slice_bytes: int,
     progress: Progress,
     watch: Watch,
+    observer: Observer,
 ) -> None:
     """Sends ``length`` bytes of an open package from ``start`` on, in slices with a turn of the loop between.
 
@@ -40,6 +42,7 @@ async def send_by_sendfile(
     """
     offset, stop = start, start + length
     resident_until = start
+    disk_seconds = 0.0
     while True:
         if transport.is_closing():
             raise DeliveryAborted("client disconnected")
@@ -47,9 +50,12 @@ async def send_by_sendfile(
         try:
             if offset + count > resident_until:
                 if not is_resident(package.descriptor, offset, count):
+                    began = time.perf_counter()
                     await make_resident(package.descriptor, offset, count)
+                    disk_seconds = time.perf_counter() - began
                 resident_until = offset + count
             package.check_unchanged()
+            began = time.perf_counter()
             sent = os.sendfile(watch.connection, package.descriptor, offset, count)
         except BlockingIOError:
             await watch.wait_until_writable()
@@ -60,6 +66,9 @@ async def send_by_sendfile(
             raise PackageChanged(f"the file ends at byte {offset}")
         offset += sent
         progress.bytes_sent += sent
+        observer.slice_sent(disk_seconds + time.perf_counter() - began, disk_seconds > 0)
+        observer.bytes_sent("sendfile", sent)
+        disk_seconds = 0.0
         if offset == stop:
             return
         await asyncio.sleep(0)

@@ -1,5 +1,10 @@
-"""Sizes for people."""
+"""Sizes for people, and the ranges of sizes that statistics and metrics tell apart."""
 
+from bisect import bisect_right
+
+SIZE_RANGES = ("under_1MB", "1MB_to_10MB", "10MB_to_100MB", "100MB_to_1GB", "over_1GB")
+
+_LOWER_BOUNDS = (10**6, 10**7, 10**8, 10**9)
 _UNITS = ("KB", "MB", "GB", "TB", "PB", "EB")
 
 
@@ -12,3 +17,8 @@ def format_size(size_bytes: int) -> str:
     while value >= 1023.95 and unit < len(_UNITS) - 1:
         value, unit = value / 1024, unit + 1
     return f"{value:.1f} {_UNITS[unit]}"
+
+
+def size_range(size_bytes: int) -> str:
+    """One of ``SIZE_RANGES``, by decimal units; a bound belongs to the range above it."""
+    return SIZE_RANGES[bisect_right(_LOWER_BOUNDS, size_bytes)]

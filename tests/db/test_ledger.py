@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from random import Random
 
+import psycopg2
 import pytest
 import structlog
 
@@ -283,6 +284,33 @@ async def test_an_event_that_cannot_be_written_costs_no_other(
     assert await count(database, job_id) == 2
     (line,) = [line for line in logs if line["event"] == "download_not_recorded"]
     assert (line["event_id"], line["received"]) == (str(wrong.event_id), [[0, 1000]])
+
+
+async def test_an_observer_is_told_of_each_statement_and_how_many_wait(
+    database: Database, dsn: str, tmp_path: Path
+) -> None:
+    job_id, _ = await completed_job(database)
+    seen: list[tuple[int, bool]] = []
+
+    def observe(count: int, seconds: float, is_written: bool) -> None:
+        assert 0 < seconds < 30
+        seen.append((count, is_written))
+
+    ledger = await open_ledger(database, tmp_path / "ledger", observe)
+    with psycopg2.connect(dsn) as blocker:
+        blocker.cursor().execute("LOCK TABLE download_events IN ACCESS EXCLUSIVE MODE")
+        first = ledger.record(event(job_id))
+        assert ledger.waiting == 1
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        # One is under way, and counts until it is written.
+        rest = [ledger.record(event(job_id)) for _ in range(4)]
+        assert ledger.waiting == 5
+        blocker.rollback()
+    blocker.close()
+    await asyncio.gather(first, *rest)
+    assert (seen, ledger.waiting) == ([(1, True), (4, True)], 0)
+    await ledger.close()
 
 
 class Model:

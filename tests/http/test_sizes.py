@@ -1,6 +1,6 @@
 import pytest
 
-from exportd.http.sizes import format_size
+from exportd.http.sizes import SIZE_RANGES, format_size, size_range
 
 
 @pytest.mark.parametrize(
@@ -22,3 +22,23 @@ from exportd.http.sizes import format_size
 )
 def test_size_for_people(size_bytes: int, text: str) -> None:
     assert format_size(size_bytes) == text
+
+
+@pytest.mark.parametrize(
+    ("size_bytes", "expected"),
+    [
+        (0, "under_1MB"),
+        (10**6 - 1, "under_1MB"),
+        (10**6, "1MB_to_10MB"),
+        (10**7 - 1, "1MB_to_10MB"),
+        (10**7, "10MB_to_100MB"),
+        (10**8 - 1, "10MB_to_100MB"),
+        (10**8, "100MB_to_1GB"),
+        (10**9 - 1, "100MB_to_1GB"),
+        (10**9, "over_1GB"),
+        (2**63 - 1, "over_1GB"),
+    ],
+)
+def test_range_of_a_size(size_bytes: int, expected: str) -> None:
+    assert size_range(size_bytes) == expected
+    assert expected in SIZE_RANGES

@@ -28,20 +28,30 @@ def workers_of(daemon: Daemon) -> set[int]:
     return {child.pid for child in psutil.Process(daemon.process.pid).children()}
 
 
+def worker_at(daemon: Daemon, connection: http.client.HTTPConnection) -> int | None:
+    """The worker at the other end of an open connection; None until one has accepted it."""
+    assert connection.sock is not None
+    ours = connection.sock.getsockname()[1]
+    return next(
+        (
+            pid
+            for pid in workers_of(daemon)
+            for opened in psutil.Process(pid).net_connections("tcp")
+            if opened.raddr and opened.raddr.port == ours
+        ),
+        None,
+    )
+
+
 def pid_that_answers(daemon: Daemon) -> int:
     """The worker at the other end of a new connection."""
     connection = http.client.HTTPConnection("127.0.0.1", daemon.port, timeout=30)
     connection.request("GET", "/healthz")
     connection.getresponse().read()
-    assert connection.sock is not None
-    ours = connection.sock.getsockname()[1]
     try:
-        return next(
-            pid
-            for pid in workers_of(daemon)
-            for opened in psutil.Process(pid).net_connections("tcp")
-            if opened.raddr and opened.raddr.port == ours
-        )
+        pid = worker_at(daemon, connection)
+        assert pid is not None
+        return pid
     finally:
         connection.close()
 

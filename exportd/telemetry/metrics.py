@@ -1,0 +1,377 @@
+"""What the daemon counts and measures, for Prometheus. The one door to prometheus_client.
+
+No label ever holds a user, a job, a path or anything else that a client can make up: every series costs
+memory for as long as the daemon runs. docs/operations.md describes each metric.
+
+Several processes share their metrics through files in a folder of their own (``shared_metrics``): each writes
+its own, and any of them answers ``/metrics`` for all.
+"""
+
+import contextlib
+import fcntl
+import itertools
+import os
+import platform
+import resource
+import shutil
+import tempfile
+import time
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
+from prometheus_client import generate_latest as render
+from prometheus_client import values as value_classes
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4 as CONTENT_TYPE
+from prometheus_client.metrics_core import GaugeMetricFamily, Metric
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+from prometheus_client.registry import Collector
+
+from exportd import __version__
+from exportd.telemetry.logging import shed_lines
+
+__all__ = ["CONTENT_TYPE", "Metrics", "forget_dead_processes", "shared_metrics"]
+
+# One series more for each counter and histogram, which nobody reads.
+disable_created_metrics()
+
+_HOUR = 3600
+_DURATIONS = (0.1, 0.3, 1, 3, 10, 30, 60, 180, 600, 1800, _HOUR, 3 * _HOUR, 6 * _HOUR, 12 * _HOUR)
+_RATES = tuple(step * 10**power for power in range(4, 10) for step in (1, 3))
+_FIRST_BYTES = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+_SLICES = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1, 5)
+_LAGS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
+_FLUSHES = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+_GROUPS = (1, 2, 5, 10, 20, 50, 100, 200, 500)
+
+_shared_folder: Path | None = None
+_slot: int | None = None
+
+
+class _Counts:
+    """A counter, by the values of its labels.
+
+    Counts in plain numbers until ``flush``: the library's own, with a lock and, where processes share, a
+    file, cost several times as much, and a download meets some for each of its slices.
+    """
+
+    def __init__(self, counter: Counter) -> None:
+        self._counter = counter
+        self._pending: dict[tuple[str, ...], float] = {}
+
+    def add(self, *labels: str, amount: float = 1) -> None:
+        self._pending[labels] = self._pending.get(labels, 0) + amount
+
+    def flush(self) -> None:
+        for labels, amount in self._pending.items():
+            (self._counter.labels(*labels) if labels else self._counter).inc(amount)
+        self._pending.clear()
+
+
+class _Distribution:
+    """A histogram, in the same way."""
+
+    def __init__(self, histogram: Histogram, bounds: Sequence[float]) -> None:
+        self._histogram = histogram
+        self._bounds = bounds
+        # The count of each bucket, and last the sum.
+        self._pending: dict[tuple[str, ...], list[float]] = {}
+
+    def observe(self, amount: float, *labels: str) -> None:
+        pending = self._pending.get(labels)
+        if pending is None:
+            pending = self._pending[labels] = [0] * (len(self._bounds) + 2)
+        pending[bisect_left(self._bounds, amount)] += 1
+        pending[-1] += amount
+
+    def flush(self) -> None:
+        for labels, (*counts, total) in self._pending.items():
+            histogram = self._histogram.labels(*labels) if labels else self._histogram
+            # The library has no public way to observe many at once.
+            for bucket, count in zip(histogram._buckets, counts, strict=True):
+                if count:
+                    bucket.inc(count)
+            histogram._sum.inc(total)
+        self._pending.clear()
+
+
+class Metrics:
+    """The metrics of one application, noted in its event loop; inside ``shared_metrics``, one process's part.
+
+    What was noted after the last ``flush`` is not in ``exposition`` yet.
+    """
+
+    def __init__(self, failure_reasons: Iterable[str], delivery_methods: Iterable[str]) -> None:
+        self._registry = CollectorRegistry()
+        self._own_registry: CollectorRegistry | None = None
+        if _shared_folder is None:
+            value_classes.ValueClass = value_classes.MutexValue
+            self._own_registry = self._registry
+        else:
+            slot = _own_slot(_shared_folder)
+            value_classes.ValueClass = value_classes.MultiProcessValue(lambda: slot)
+            MultiProcessCollector(self._registry, str(_shared_folder))
+        self._snapshot = _Snapshot()
+        self._registry.register(self._snapshot)
+        self._tallies: list[_Counts | _Distribution] = []
+
+        self._requests = self._counts("requests_total", "Requests answered", ("route", "status"))
+        self._first_bytes = self._distribution(
+            "first_byte_seconds",
+            "From a request's arrival to its answer's first byte",
+            _FIRST_BYTES,
+            ("route",),
+        )
+        self._started = self._counts("downloads_started_total", "Deliveries begun")
+        self._completed = self._counts("downloads_completed_total", "Deliveries of every byte asked for")
+        # What the labels may be is there, at 0, from the start: an alert on a counter that appears with its
+        # first failure would miss that one.
+        self._failed = self._counts(
+            "downloads_failed_total", "Downloads that failed", ("reason",), failure_reasons
+        )
+        self._sent = self._counts("sent_bytes_total", "Bytes of packages sent", ("method",), delivery_methods)
+        self._durations = self._distribution(
+            "download_duration_seconds", "Duration of completed deliveries", _DURATIONS, ("size",)
+        )
+        self._rates = self._distribution(
+            "download_bytes_per_second", "Throughput of completed deliveries", _RATES, ("size",)
+        )
+        self._slices = self._distribution(
+            "slice_seconds", "Time that one slice of a package took", _SLICES, ("state",), ("hot", "cold")
+        )
+        self._lag = self._distribution("loop_lag_seconds", "How late the event loop was", _LAGS)
+        self._flushes = self._distribution(
+            "ledger_flush_seconds",
+            "Duration of one statement that writes events",
+            _FLUSHES,
+            ("result",),
+            ("written", "failed"),
+        )
+        self._groups = self._distribution("ledger_flush_events", "Events in one such statement", _GROUPS)
+        self._shed = self._counts("log_lines_shed_total", "Log lines that could not be written")
+        self._starts = self._counts("process_starts_total", "Processes started, replaced ones too")
+        self._cpu = self._counts("process_cpu_seconds_total", "Processor time used")
+        self._in_flight = self._gauge("downloads_in_flight", "Deliveries under way")
+        self._waiting_events = self._gauge("ledger_waiting_events", "Download events not yet written")
+        self._spooled_events = self._gauge("spool_events", "Download events that wait for the database")
+        self._pool = self._gauge("database_pool_connections", "Connections to the database", ("state",))
+        self._pool_limit = self._gauge("database_pool_limit", "The most connections there may be")
+        self._processes = self._gauge("processes", "Processes that serve")
+        self._memory = self._gauge("process_resident_memory_bytes", "Resident memory")
+        # Not the sum: the process that has most is the first to meet its limit, and all have the same.
+        self._descriptors = self._gauge(
+            "process_open_descriptors", "File descriptors of the process that has most", mode="livemax"
+        )
+        self._descriptor_limit = self._gauge(
+            "process_descriptor_limit", "The most file descriptors a process may have", mode="livemax"
+        )
+
+        self._under_way = 0
+        # A forked process begins with its parent's.
+        self._shed_before = shed_lines()
+        self._cpu_before = 0.0
+        self._processes.set(1)
+        self._starts.add()
+
+    def request_answered(self, route: str, status: int, seconds: float) -> None:
+        """An answer begins, so many seconds after its request came in."""
+        self._requests.add(route, str(status))
+        self._first_bytes.observe(seconds, route)
+
+    def download_refused(self, reason: str) -> None:
+        """A download failed before its delivery began."""
+        self._failed.add(reason)
+
+    def download_started(self) -> None:
+        """A delivery begins; ``download_completed`` or ``download_failed`` must follow."""
+        self._started.add()
+        self._under_way += 1
+
+    def download_completed(self, size: str, size_bytes: int, seconds: float) -> None:
+        """A delivery sent all its bytes; ``size`` is the range of sizes that their number lies in."""
+        self._under_way -= 1
+        self._completed.add()
+        self._durations.observe(seconds, size)
+        self._rates.observe(size_bytes / max(seconds, 1e-6), size)
+
+    def download_failed(self, reason: str) -> None:
+        """A delivery ended before its last byte."""
+        self._under_way -= 1
+        self._failed.add(reason)
+
+    def bytes_sent(self, method: str, count: int) -> None:
+        """Bytes of a package went out. Told as they go: a download may take hours."""
+        self._sent.add(method, amount=count)
+
+    def slice_sent(self, seconds: float, is_cold: bool) -> None:
+        """The sending or reading of one slice took so long."""
+        self._slices.observe(seconds, "cold" if is_cold else "hot")
+
+    def loop_was_late(self, seconds: float) -> None:
+        """The loop woke a task up so late."""
+        self._lag.observe(seconds)
+
+    def events_flushed(self, count: int, seconds: float, is_written: bool) -> None:
+        """One statement of the ledger has ended."""
+        self._flushes.observe(seconds, "written" if is_written else "failed")
+        self._groups.observe(count)
+
+    def flush(
+        self,
+        *,
+        waiting_events: int,
+        spooled_events: int,
+        pool_in_use: int,
+        pool_idle: int,
+        pool_limit: int,
+    ) -> None:
+        """Puts what was noted, and how things stand, where ``exposition`` of every process finds it."""
+        shed = shed_lines()
+        self._shed.add(amount=max(0, shed - self._shed_before))
+        self._shed_before = shed
+        for tally in self._tallies:
+            tally.flush()
+        self._in_flight.set(self._under_way)
+        self._waiting_events.set(waiting_events)
+        self._spooled_events.set(spooled_events)
+        self._pool.labels("in_use").set(pool_in_use)
+        self._pool.labels("idle").set(pool_idle)
+        self._pool_limit.set(pool_limit)
+
+    def measure_process(self) -> None:
+        """Notes what the kernel says of this process."""
+        used = time.process_time()
+        self._cpu.add(amount=used - self._cpu_before)
+        self._cpu_before = used
+        self._descriptor_limit.set(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+        # Linux only; elsewhere both stay at 0.
+        with contextlib.suppress(FileNotFoundError):
+            self._descriptors.set(sum(1 for _ in Path("/proc/self/fd").iterdir()))
+            resident_pages = int(Path("/proc/self/statm").read_text().split()[1])
+            self._memory.set(resident_pages * resource.getpagesize())
+
+    def exposition(self, *, database_is_up: bool, packages: Mapping[str, tuple[int, int]] | None) -> bytes:
+        """Everything as text, for all processes. ``packages``: number and bytes by state, where known.
+
+        May be called in a thread; reads files where several processes share their metrics.
+        """
+        self._snapshot.database_is_up = database_is_up
+        self._snapshot.packages = packages
+        return render(self._registry)
+
+    def _counts(
+        self, name: str, meaning: str, labels: Sequence[str] = (), values: Iterable[str] = ()
+    ) -> _Counts:
+        counter = Counter(f"exportd_{name}", meaning, labels, registry=self._own_registry)
+        for value in values:
+            counter.labels(value)
+        counts = _Counts(counter)
+        self._tallies.append(counts)
+        return counts
+
+    def _distribution(
+        self,
+        name: str,
+        meaning: str,
+        bounds: Sequence[float],
+        labels: Sequence[str] = (),
+        values: Iterable[str] = (),
+    ) -> _Distribution:
+        histogram = Histogram(f"exportd_{name}", meaning, labels, registry=self._own_registry, buckets=bounds)
+        for value in values:
+            histogram.labels(value)
+        distribution = _Distribution(histogram, bounds)
+        self._tallies.append(distribution)
+        return distribution
+
+    def _gauge(
+        self,
+        name: str,
+        meaning: str,
+        labels: Sequence[str] = (),
+        mode: Literal["livesum", "livemax"] = "livesum",
+    ) -> Gauge:
+        return Gauge(f"exportd_{name}", meaning, labels, registry=self._own_registry, multiprocess_mode=mode)
+
+
+class _Snapshot(Collector):
+    """What is true of the whole daemon, whichever process says so."""
+
+    database_is_up = False
+    packages: Mapping[str, tuple[int, int]] | None = None
+
+    def collect(self) -> Iterator[Metric]:
+        build = GaugeMetricFamily(
+            "exportd_build_info", "Always 1; which exportd this is", labels=["version", "python"]
+        )
+        build.add_metric([__version__, platform.python_version()], 1)
+        yield build
+        yield GaugeMetricFamily(
+            "exportd_database_up", "Whether the database answers", value=int(self.database_is_up)
+        )
+        if self.packages is None:
+            return
+        number = GaugeMetricFamily("exportd_packages", "Export jobs", labels=["state"])
+        size = GaugeMetricFamily("exportd_package_bytes", "Bytes of their packages", labels=["state"])
+        for state, (count, size_bytes) in self.packages.items():
+            number.add_metric([state], count)
+            size.add_metric([state], size_bytes)
+        yield number
+        yield size
+
+
+@contextlib.contextmanager
+def shared_metrics() -> Iterator[None]:
+    """While the block lasts, the processes that are forked from this one share their metrics."""
+    global _shared_folder
+    owner = os.getpid()
+    folder = _shared_folder = Path(tempfile.mkdtemp(prefix="exportd-metrics-"))
+    # What prometheus_client takes the folder from.
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder)
+    try:
+        yield
+    finally:
+        # A forked worker leaves by here too; the folder is its parent's.
+        if os.getpid() == owner:
+            _shared_folder = None
+            del os.environ["PROMETHEUS_MULTIPROC_DIR"]
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def forget_dead_processes() -> None:
+    """Drops what processes that have ended said of their present state; what they counted stays."""
+    assert _shared_folder is not None
+    for path in _shared_folder.glob("*.lock"):
+        lock = _lock_slot(path)
+        if lock is not None:
+            mark_process_dead(int(path.stem), str(_shared_folder))
+            os.close(lock)
+
+
+def _own_slot(folder: Path) -> int:
+    """This process's number among those that live: the smallest that is free.
+
+    Files are named by it and not by the process id, so that the next process goes on counting in the files of
+    one that ended: with a daily reload there would otherwise be more files to read by the day.
+    """
+    global _slot
+    if _slot is None:
+        # The lock stays open: the kernel frees the slot when the process ends, however it ends.
+        _slot = next(
+            number for number in itertools.count() if _lock_slot(folder / f"{number}.lock") is not None
+        )
+        mark_process_dead(_slot, str(folder))
+    return _slot
+
+
+def _lock_slot(path: Path) -> int | None:
+    """The descriptor that holds the lock, or None where a living process holds it."""
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        return None
+    return lock
