@@ -21,6 +21,7 @@ import orjson
 import structlog
 
 from exportd import __version__
+from exportd.api.statistics import describe_statistics
 from exportd.app import connect, make_app, make_tokens
 from exportd.db.embedded import EmbeddedServerError, embedded_server
 from exportd.db.jobs import record_completed_job
@@ -32,6 +33,9 @@ from exportd.db.migrate import (
     wait_for_database,
 )
 from exportd.db.pool import DatabaseRefused, DatabaseUnavailable
+from exportd.db.rows import DownloadStatistics
+from exportd.db.statistics import find_statistics
+from exportd.http.sizes import LOWER_BOUNDS, SIZE_RANGES, format_size
 from exportd.packages.pack import DraftPackage, PackError, Progress, draft_package, measure_source
 from exportd.server import Listener, MakeApp, ServerError, serve
 from exportd.settings import Key, Settings, SettingsError, load_settings
@@ -153,6 +157,64 @@ def publish(
 def token(config_file: Path | None, user_id: str, role: str | None, ttl: int) -> None:
     """Signs a token with the configured secret, for trying things out."""
     click.echo(make_tokens(_quiet_settings(config_file)).sign(user_id, role, ttl))
+
+
+@cli.command()
+@config_option
+@click.argument("job_id", type=click.UUID, required=False)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object in place of a table.")
+def stats(config_file: Path | None, job_id: uuid.UUID | None, as_json: bool) -> None:
+    """Download statistics of the job JOB_ID, or of all."""
+    settings = _quiet_settings(config_file)
+    with _database(settings) as dsn:
+        statistics = asyncio.run(_find_statistics(settings, dsn, job_id))
+    if statistics is None:
+        raise click.UsageError(f"there is no job {job_id}")
+    if as_json:
+        click.echo(orjson.dumps(describe_statistics(statistics)).decode())
+    else:
+        click.echo(_statistics_table(statistics))
+
+
+async def _find_statistics(
+    settings: Settings, dsn: str, job_id: uuid.UUID | None
+) -> DownloadStatistics | None:
+    database = await connect(settings, dsn)
+    try:
+        return await find_statistics(database, job_id, LOWER_BOUNDS)
+    finally:
+        await database.close()
+
+
+def _statistics_table(statistics: DownloadStatistics) -> str:
+    last = statistics.last_downloaded_at
+    lines = [
+        f"downloads      {statistics.download_count}",
+        f"last           {last.isoformat(timespec='seconds') if last else 'never'}",
+        f"bytes served   {statistics.bytes_served} ({format_size(statistics.bytes_served)})",
+        f"unique users   {statistics.unique_users}",
+    ]
+    if statistics.sizes:
+        lines += ["", f"{'package size':<16}{'downloads':>10}{'average s':>12}{'average/s':>12}"]
+    lines += [
+        f"{SIZE_RANGES[item.range_number]:<16}{item.downloads:>10}{item.average_duration_seconds:>12.3f}"
+        f"{format_size(round(item.average_bytes_per_second)):>12}"
+        for item in statistics.sizes
+    ]
+    if statistics.failures:
+        lines += ["", f"{'not completed':<44}{'deliveries':>12}"]
+    lines += [
+        f"{': '.join(filter(None, (item.outcome, item.reason))):<44}{item.count:>12}"
+        for item in statistics.failures
+    ]
+    if statistics.recent:
+        lines += ["", f"{'started':<27}{'user':<20}{'status':>6}  {'outcome':<12}{'received':>12}"]
+    lines += [
+        f"{item.started_at.isoformat(timespec='seconds'):<27}{item.user_id[:19]:<20}{item.http_status:>6}"
+        f"  {item.outcome:<12}{format_size(item.bytes_acknowledged):>12}"
+        for item in statistics.recent
+    ]
+    return "\n".join(lines)
 
 
 @cli.group()

@@ -7,25 +7,63 @@ from exportd.api.access import authenticate, refuse, requested_job_id
 from exportd.api.download import DATABASE, LEDGER
 from exportd.api.errors import JobNotFound
 from exportd.auth.permission import may_see
-from exportd.db.jobs import find_statistics
+from exportd.db.rows import DownloadStatistics
+from exportd.db.statistics import find_statistics
+from exportd.http.sizes import LOWER_BOUNDS, SIZE_RANGES
 
 
 async def download_statistics(request: web.Request) -> web.Response:
-    """The count, the last time and the bytes of a job's downloads, for its creator or an admin."""
+    """How a job's package was downloaded, for its creator or an admin."""
     job_id = requested_job_id(request)
     principal = authenticate(request)
     await request.app[LEDGER].settle(job_id)
-    statistics = await find_statistics(request.app[DATABASE], job_id)
+    statistics = await find_statistics(request.app[DATABASE], job_id, LOWER_BOUNDS)
     if statistics is None:
         raise JobNotFound
+    assert statistics.user_id is not None
     if not may_see(principal, statistics.user_id):
         raise refuse(statistics.user_id)
-    body = {
+    return web.Response(
+        body=orjson.dumps(describe_statistics(statistics)),
+        content_type="application/json",
+        headers={"Cache-Control": "no-store"},
+    )
+
+
+def describe_statistics(statistics: DownloadStatistics) -> dict[str, object]:
+    """The answer's JSON document."""
+    return {
         "jobId": statistics.job_id,
         "downloadCount": statistics.download_count,
         "lastDownloadedAt": statistics.last_downloaded_at,
         "bytesServed": statistics.bytes_served,
+        "uniqueUsers": statistics.unique_users,
+        "bySize": [
+            {
+                "size": SIZE_RANGES[item.range_number],
+                "downloads": item.downloads,
+                "averageDurationSeconds": round(item.average_duration_seconds, 6),
+                "averageBytesPerSecond": round(item.average_bytes_per_second),
+            }
+            for item in statistics.sizes
+        ],
+        "failures": [
+            {"outcome": item.outcome, "reason": item.reason, "count": item.count}
+            for item in statistics.failures
+        ],
+        "recentEvents": [
+            {
+                "jobId": item.job_id,
+                "userId": item.user_id,
+                "startedAt": item.started_at,
+                "outcome": item.outcome,
+                "reason": item.reason,
+                "status": item.http_status,
+                "method": item.method,
+                "bytesSent": item.bytes_sent,
+                "bytesAcknowledged": item.bytes_acknowledged,
+                "durationSeconds": round(item.duration_seconds, 6),
+            }
+            for item in statistics.recent
+        ],
     }
-    return web.Response(
-        body=orjson.dumps(body), content_type="application/json", headers={"Cache-Control": "no-store"}
-    )

@@ -9,7 +9,7 @@ from uuid import UUID
 
 from exportd.db.gather import Gatherer
 from exportd.db.pool import Database
-from exportd.db.rows import Job, JobStatistics
+from exportd.db.rows import Job
 
 # More than one, so that a statement the database is slow with does not hold up everybody.
 _LOOK_UPS_AT_ONCE = 2
@@ -28,16 +28,6 @@ SELECT job_id,
        now()
   FROM export_jobs
  WHERE job_id = ANY (%s::uuid[])
-"""
-
-_FIND_STATISTICS = """
-SELECT job_id,
-       user_id::text,
-       coalesce(download_count, 0)::bigint,
-       last_downloaded_at::timestamptz,
-       coalesce(bytes_served, 0)::bigint
-  FROM export_jobs
- WHERE job_id = %s
 """
 
 # As decide_download judges, and what an application's own statuses may say otherwise is "other".
@@ -95,15 +85,6 @@ class JobFinder:
     async def find_job(self, job_id: UUID) -> Job | None:
         """The job of that id, or None. Raises DatabaseUnavailable."""
         return await self._gatherer.submit(job_id)
-
-
-async def find_statistics(database: Database, job_id: UUID) -> JobStatistics | None:
-    """How often the job's package was downloaded, or None where there is no such job.
-
-    Raises DatabaseUnavailable.
-    """
-    row = await database.fetch_one(_FIND_STATISTICS, (job_id,))
-    return None if row is None else JobStatistics(*row)
 
 
 async def sum_packages(database: Database) -> dict[str, tuple[int, int]]:

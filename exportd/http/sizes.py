@@ -4,7 +4,8 @@ from bisect import bisect_right
 
 SIZE_RANGES = ("under_1MB", "1MB_to_10MB", "10MB_to_100MB", "100MB_to_1GB", "over_1GB")
 
-_LOWER_BOUNDS = (10**6, 10**7, 10**8, 10**9)
+# Of every range but the first, in bytes.
+LOWER_BOUNDS = (10**6, 10**7, 10**8, 10**9)
 _UNITS = ("KB", "MB", "GB", "TB", "PB", "EB")
 
 
@@ -21,4 +22,4 @@ def format_size(size_bytes: int) -> str:
 
 def size_range(size_bytes: int) -> str:
     """One of ``SIZE_RANGES``, by decimal units; a bound belongs to the range above it."""
-    return SIZE_RANGES[bisect_right(_LOWER_BOUNDS, size_bytes)]
+    return SIZE_RANGES[bisect_right(LOWER_BOUNDS, size_bytes)]

@@ -15,12 +15,14 @@ import pytest
 import structlog
 
 from exportd.db.downloads import checkpoint_downloads, record_downloads
-from exportd.db.jobs import JobFinder, find_statistics, record_completed_job
+from exportd.db.jobs import JobFinder, record_completed_job
 from exportd.db.ledger import DownloadLedger, open_ledger
 from exportd.db.migrate import migrate_up
 from exportd.db.pool import Database, DatabaseUnavailable, open_database
 from exportd.db.rows import DownloadEvent
 from exportd.db.spool import Spool
+from exportd.db.statistics import find_statistics
+from exportd.http.sizes import LOWER_BOUNDS
 from tests.db.test_pool import OPTIONS
 from tests.support.postgres import query
 
@@ -90,7 +92,7 @@ async def test_a_recorded_job_is_found_with_its_expiry(database: Database) -> No
     assert job.package_expires_at == expires_at == job.completed_at + timedelta(days=7)
     assert job.read_at >= job.completed_at
     assert await JobFinder(database).find_job(uuid.uuid4()) is None
-    assert await find_statistics(database, uuid.uuid4()) is None
+    assert await find_statistics(database, uuid.uuid4(), LOWER_BOUNDS) is None
 
 
 async def test_recording_a_job_twice_records_it_once(database: Database, dsn: str) -> None:
@@ -108,7 +110,7 @@ async def test_each_whole_delivery_counts_once_however_often_it_is_written(
     for _ in range(3):
         await record_downloads(database, [once])
     await record_downloads(database, [event(job_id)])
-    statistics = await find_statistics(database, job_id)
+    statistics = await find_statistics(database, job_id, LOWER_BOUNDS)
     assert statistics is not None
     assert (statistics.download_count, statistics.bytes_served) == (2, 2000)
     assert statistics.last_downloaded_at is not None
@@ -120,7 +122,7 @@ async def test_a_partial_delivery_counts_bytes_only(database: Database, dsn: str
     parts = ((0, 5), (7, 12))
     partial = event(job_id, bytes_sent=10, http_status=206, requested=parts, received=parts)
     await record_downloads(database, [partial])
-    statistics = await find_statistics(database, job_id)
+    statistics = await find_statistics(database, job_id, LOWER_BOUNDS)
     assert statistics is not None
     assert (statistics.download_count, statistics.bytes_served, statistics.last_downloaded_at) == (
         0,
@@ -135,7 +137,7 @@ async def test_a_partial_delivery_counts_bytes_only(database: Database, dsn: str
 async def test_no_count_is_lost_when_many_end_together(database: Database, ledger: DownloadLedger) -> None:
     job_id, _ = await completed_job(database)
     await asyncio.gather(*(ledger.record(event(job_id)) for _ in range(1200)))
-    statistics = await find_statistics(database, job_id)
+    statistics = await find_statistics(database, job_id, LOWER_BOUNDS)
     assert statistics is not None
     assert (statistics.download_count, statistics.bytes_served) == (1200, 1_200_000)
 
@@ -166,7 +168,7 @@ async def test_an_applications_own_types_are_read(empty_dsn: str) -> None:
     assert (job.user_id, job.status, job.tool_name) == ("42", "completed", "Form")
     assert job.completed_at == datetime(2025, 10, 24, 12, tzinfo=UTC)
     await record_downloads(database, [event(job_id)])
-    statistics = await find_statistics(database, job_id)
+    statistics = await find_statistics(database, job_id, LOWER_BOUNDS)
     assert statistics is not None
     assert statistics.download_count == 1
     await database.close()
@@ -180,7 +182,7 @@ def part(job_id: uuid.UUID, start: int, stop: int, **changes: object) -> Downloa
 
 
 async def count(database: Database, job_id: uuid.UUID) -> int:
-    statistics = await find_statistics(database, job_id)
+    statistics = await find_statistics(database, job_id, LOWER_BOUNDS)
     assert statistics is not None
     return statistics.download_count
 

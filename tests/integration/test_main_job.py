@@ -532,3 +532,30 @@ def test_help_names_every_command(exportd: Exportd) -> None:
         assert exportd.run(command, "--help").returncode == 0
     assert exportd.run("--version").stdout.startswith("exportd, version ")
     assert exportd.run("nonsense").returncode == 2
+
+
+def test_stats_tell_of_one_job_and_of_all(exportd: Exportd, source: Path) -> None:
+    published = exportd.publish(source)
+    daemon = exportd.serve()
+    assert get(daemon, path_of(published))[0] == 200
+    answer = statistics(daemon, published)
+    assert daemon.stop() == 0
+
+    done = exportd.run("stats", published["jobId"], "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == answer
+    assert (answer["downloadCount"], answer["uniqueUsers"], answer["failures"]) == (1, 1, [])
+    (delivery,) = answer["recentEvents"]  # type: ignore[misc]
+    assert delivery["bytesAcknowledged"] == published["packageSizeBytes"]
+
+    of_all = json.loads(exportd.run("stats", "--json").stdout)
+    assert (of_all["jobId"], of_all["downloadCount"]) == (None, 1)
+    table = exportd.run("stats").stdout
+    assert "downloads      1\n" in table
+    assert "1MB_to_10MB" in table
+    assert "completed" in table
+
+    missing = exportd.run("stats", str(uuid.uuid4()))
+    assert (missing.returncode, missing.stdout) == (2, "")
+    assert "there is no job" in missing.stderr
+    assert exportd.run("stats", "nonsense").returncode == 2

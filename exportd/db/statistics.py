@@ -1,0 +1,99 @@
+"""What the tables tell of downloads: of one job's package, or of all.
+
+Counts, times and bytes come from the jobs' rows, everything else from the events.
+"""
+
+from collections.abc import Sequence
+from uuid import UUID
+
+from exportd.db.pool import Database
+from exportd.db.rows import DeliverySummary, DownloadStatistics, FailureCount, SizeSummary
+
+_RECENT_EVENTS = 20
+
+_FIND_JOB = """
+SELECT user_id::text,
+       coalesce(download_count, 0)::bigint,
+       last_downloaded_at::timestamptz,
+       coalesce(bytes_served, 0)::bigint
+  FROM export_jobs
+ WHERE job_id = %(job_id)s
+"""
+
+_SUM_JOBS = """
+SELECT NULL::text,
+       coalesce(sum(download_count), 0)::bigint,
+       max(last_downloaded_at)::timestamptz,
+       coalesce(sum(bytes_served), 0)::bigint
+  FROM export_jobs
+"""
+
+# The parameter is put in as a literal, so that the planner sees either a job or none.
+
+_COUNT_USERS = """
+SELECT count(DISTINCT user_id)
+  FROM download_events
+ WHERE (%(job_id)s::uuid IS NULL OR job_id = %(job_id)s::uuid) AND outcome = 'completed'
+"""
+
+# Only whole downloads in one delivery: of parts, the time would say little.
+_SUM_BY_SIZE = """
+SELECT width_bucket(package_size_bytes, %(bounds)s::bigint[]),
+       count(*),
+       avg(duration_seconds)::double precision,
+       (sum(bytes_sent) / greatest(sum(duration_seconds), 1e-6))::double precision
+  FROM download_events
+ WHERE (%(job_id)s::uuid IS NULL OR job_id = %(job_id)s::uuid) AND outcome = 'completed' AND http_status = 200
+ GROUP BY 1
+ ORDER BY 1
+"""
+
+_COUNT_FAILURES = """
+SELECT outcome, coalesce(reason, ''), count(*)
+  FROM download_events
+ WHERE (%(job_id)s::uuid IS NULL OR job_id = %(job_id)s::uuid) AND outcome NOT IN ('completed', 'running')
+ GROUP BY 1, 2
+ ORDER BY 3 DESC, 1, 2
+"""
+
+_LIST_RECENT = """
+SELECT job_id, user_id, started_at, outcome, reason, http_status, method, bytes_sent, bytes_acknowledged,
+       duration_seconds
+  FROM download_events
+ WHERE (%(job_id)s::uuid IS NULL OR job_id = %(job_id)s::uuid)
+ ORDER BY started_at DESC
+ LIMIT %(recent)s
+"""
+
+
+async def find_statistics(
+    database: Database, job_id: UUID | None, size_bounds: Sequence[int]
+) -> DownloadStatistics | None:
+    """How the job's package was downloaded; of None: how all were. None where there is no such job.
+
+    ``size_bounds``: where one range of package sizes ends and the next begins, in bytes, ascending.
+
+    Raises DatabaseUnavailable.
+    """
+    parameters: dict[str, object] = {
+        "job_id": job_id,
+        "bounds": list(size_bounds),
+        "recent": _RECENT_EVENTS,
+    }
+    totals = await database.fetch_one(_SUM_JOBS if job_id is None else _FIND_JOB, parameters)
+    if totals is None:
+        return None
+    user_id, download_count, last_downloaded_at, bytes_served = totals
+    users = await database.fetch_one(_COUNT_USERS, parameters)
+    assert users is not None
+    return DownloadStatistics(
+        job_id=job_id,
+        user_id=user_id,
+        download_count=download_count,
+        last_downloaded_at=last_downloaded_at,
+        bytes_served=bytes_served,
+        unique_users=users[0],
+        sizes=[SizeSummary(*row) for row in await database.fetch_all(_SUM_BY_SIZE, parameters)],
+        failures=[FailureCount(*row) for row in await database.fetch_all(_COUNT_FAILURES, parameters)],
+        recent=[DeliverySummary(*row) for row in await database.fetch_all(_LIST_RECENT, parameters)],
+    )
