@@ -1,7 +1,7 @@
 # make demo     publish a sample package and serve it
 # make test     the tests, with coverage
 # make lint     formatting, lint, types, import layers
-# make bench    the first benchmark: one large download
+# make bench    exportd beside its peers; ARGS=--quick, ARGS=soak
 #
 # Needs Python 3.11 or newer; everything else goes into .venv.
 
