@@ -28,6 +28,7 @@ from exportd.db.pool import Database, open_database
 from exportd.delivery.outcome import METHODS
 from exportd.delivery.response import DeliveryOptions
 from exportd.delivery.watch import Patience
+from exportd.packages.cleanup import clean_up, on_schedule
 from exportd.packages.pack import remove_abandoned
 from exportd.packages.store import PackageStore
 from exportd.settings import Settings
@@ -62,7 +63,11 @@ def make_app(settings: Settings, dsn: str) -> web.Application:
         database = app[DATABASE] = await connect(settings, dsn)
         app[JOBS] = JobFinder(database)
         ledger = app[LEDGER] = await open_ledger(database, settings.data_dir / "ledger", noted.events_flushed)
-        yield
+        retention = settings.retention
+        async with on_schedule(
+            retention.cleanup_schedule, retention.timezone, lambda: clean_up(database, retention.event_days)
+        ):
+            yield
         await ledger.close()
         await database.close()
 

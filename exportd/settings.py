@@ -10,9 +10,12 @@ import tomllib
 import types
 import typing
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
+from cronsim import CronSim, CronSimError
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -41,6 +44,22 @@ def _check_base_path(value: str) -> str:
         raise ValueError("must begin with a slash and not end with one, such as /api/tool-registry")
     if set(value) & set("{}?#% \\"):
         raise ValueError("must be a plain path, without spaces, braces, '?', '#' or '%'")
+    return value
+
+
+def _check_schedule(value: str) -> str:
+    try:
+        CronSim(value, datetime.now(UTC))
+    except CronSimError as error:
+        raise ValueError(f"must be a crontab line, such as 0 3 * * *: {error}") from error
+    return value
+
+
+def _check_timezone(value: str) -> str:
+    try:
+        ZoneInfo(value)
+    except (ValueError, OSError, ZoneInfoNotFoundError) as error:
+        raise ValueError("must be a time zone, such as UTC or Europe/Berlin") from error
     return value
 
 
@@ -128,9 +147,12 @@ class DownloadSettings(_Section):
 
 
 class RetentionSettings(_Section):
-    """How long a package is kept."""
+    """How long packages and download events are kept, and when the cleanup runs."""
 
     days: Annotated[int, Field(ge=1, le=36500)] = 30
+    event_days: Annotated[int, Field(ge=0, le=36500)] = 365
+    cleanup_schedule: Annotated[str, AfterValidator(_check_schedule)] = "0 3 * * *"
+    timezone: Annotated[str, AfterValidator(_check_timezone)] = "UTC"
 
 
 class LoggingSettings(_Section):

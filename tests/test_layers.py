@@ -26,6 +26,7 @@ IMPURE_LIBRARIES = {
 }  # fmt: skip
 
 DOORS = {
+    "aiocron": {"packages/cleanup.py"},
     "aiopg": {"db/pool.py"},
     "psycopg2": {"db/pool.py", "db/migrate.py"},
     "yoyo": {"db/migrate.py"},

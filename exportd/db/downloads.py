@@ -9,8 +9,11 @@ idempotent by the event's id.
 
 A delivery that runs is an event too, ``running``; it joins no progress, because it is not known where it will
 end. When its daemon is killed it is recorded as ``lost``, with what was acknowledged by the last checkpoint.
-What the client got after that is nowhere written; so when the same principal asks another daemon for the
-rest, from a byte within the lost delivery's range on, that byte is taken as the one it had reached.
+
+A client may have more than was acknowledged when its delivery broke off: acknowledgements were on their way,
+or the daemon was killed. It says how much when it goes on: where the same principal asks for a range that
+begins behind what was acknowledged and not beyond what was sent (after a kill: what was asked for), it has
+what lies between.
 
 A delivery that ended because the package was written to (outcome ``changed``) marks the job as suspect: no
 download of it starts again until somebody has looked at it.
@@ -70,6 +73,27 @@ WITH given AS (
       FROM given
       JOIN inserted USING (event_id)
       JOIN locked USING (job_id)
+), delivery AS (
+    -- What the principals of partial deliveries had before, and these. One that broke off may have brought
+    -- more than was acknowledged, up to its reach: what was sent or, after a kill, what was asked for.
+    SELECT *,
+           CASE
+               WHEN requested <> int8multirange(int8range(lower(requested), upper(requested))) THEN NULL
+               WHEN outcome = 'aborted' THEN lower(requested) + bytes_sent
+               WHEN outcome = 'lost' THEN upper(requested) - 1
+           END AS reach
+      FROM (
+        SELECT job_id, user_id, started_at, outcome, requested, received, bytes_sent, daemon_id,
+               now() AS updated_at
+          FROM event
+         WHERE NOT is_whole
+        UNION ALL
+        SELECT old.job_id, old.user_id, old.started_at, old.outcome, old.requested, old.received,
+               old.bytes_sent, old.daemon_id, old.updated_at
+          FROM download_events AS old
+          JOIN event ON old.job_id = event.job_id AND old.user_id = event.user_id
+         WHERE NOT event.is_whole AND old.event_id <> event.event_id AND old.outcome <> 'running'
+      ) AS both_of_them
 ), progressed AS (
     INSERT INTO download_progress AS progress (job_id, user_id, received, completed_at)
     SELECT job_id, user_id,
@@ -83,26 +107,33 @@ WITH given AS (
                       CASE WHEN total @> package THEN now() ELSE progress.completed_at END,
                       now()
                  FROM (
-                   SELECT package,
-                          progress.received + event.received
-                          + CASE WHEN known < lower(event.requested)
-                                THEN int8multirange(int8range(known, lower(event.requested)))
-                                ELSE '{}'
-                            END AS total
+                   SELECT package, progress.received + event.received + reached AS total
                      FROM event,
                           LATERAL (
-                              -- Of several that were lost, the one that had got nearest was resumed.
-                              SELECT max(upper(lost.received))
-                                FROM download_events AS lost
-                               WHERE lost.job_id = event.job_id
-                                 AND lost.user_id = event.user_id
-                                 AND lost.outcome = 'lost'
-                                 AND lost.daemon_id <> event.daemon_id
-                                 AND lost.started_at > progress.completed_at
-                                 AND lost.updated_at < event.started_at
-                                 AND upper(lost.received) <= lower(event.requested)
-                                 AND upper(lost.requested) > lower(event.requested)
-                          ) AS lost(known)
+                              SELECT coalesce(range_agg(int8range(known, start)), '{}')
+                                FROM (
+                                  -- For each byte at which one began, the nearest that broke off before it.
+                                  SELECT lower(resumed.requested) AS start,
+                                         max(upper(broken.received)) AS known
+                                    FROM delivery AS resumed
+                                    JOIN delivery AS broken
+                                      ON upper(broken.received) <= lower(resumed.requested)
+                                     AND lower(resumed.requested) <= broken.reach
+                                     AND CASE broken.outcome
+                                             WHEN 'lost' THEN broken.daemon_id <> resumed.daemon_id
+                                                              AND broken.updated_at < resumed.started_at
+                                             ELSE broken.started_at < resumed.started_at
+                                         END
+                                   WHERE resumed.job_id = progress.job_id
+                                     AND resumed.user_id = progress.user_id
+                                     AND resumed.started_at > progress.completed_at
+                                     AND broken.job_id = progress.job_id
+                                     AND broken.user_id = progress.user_id
+                                     AND broken.started_at > progress.completed_at
+                                   GROUP BY 1
+                                ) AS pairs
+                               WHERE known < start
+                          ) AS resumed(reached)
                     WHERE event.job_id = progress.job_id AND event.user_id = progress.user_id
                       AND NOT is_whole
                  ) AS sums
@@ -170,6 +201,22 @@ SELECT event_id, job_id, user_id, started_at, duration_seconds, http_status, req
  WHERE outcome = 'running'
    AND (daemon_id = ANY (%s::uuid[]) OR updated_at < now() - make_interval(secs => %s))
 """
+
+# In small bites, so that nobody waits for a lock; a row that somebody writes is left for the next time.
+_PRUNE_EVENTS = """
+WITH old AS (
+    SELECT event_id
+      FROM download_events
+     WHERE started_at < now() - make_interval(days => %s) AND outcome <> 'running'
+     ORDER BY started_at
+     LIMIT %s
+       FOR UPDATE SKIP LOCKED
+), pruned AS (
+    DELETE FROM download_events USING old WHERE download_events.event_id = old.event_id RETURNING 1
+)
+SELECT count(*) FROM pruned
+"""
+_PRUNED_AT_ONCE = 5000
 
 LARGEST_GROUP = 500
 
@@ -245,6 +292,21 @@ async def find_lost(
         )
         for row in rows
     ]
+
+
+async def prune_events(database: Database, event_days: int) -> int:
+    """Deletes the events of deliveries that began more than so many days ago, and returns how many.
+
+    Counts and progress stay. Raises DatabaseUnavailable.
+    """
+    total = 0
+    while True:
+        row = await database.fetch_one(_PRUNE_EVENTS, (event_days, _PRUNED_AT_ONCE))
+        assert row is not None
+        pruned: int = row[0]
+        total += pruned
+        if pruned < _PRUNED_AT_ONCE:
+            return total
 
 
 def _columns(events: Sequence[DownloadEvent]) -> dict[str, list[object]]:

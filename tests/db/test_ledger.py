@@ -30,13 +30,6 @@ DIGEST = "0" * 64
 
 
 @pytest.fixture
-async def database(dsn: str) -> AsyncIterator[Database]:
-    database = await open_database(dsn, **{**OPTIONS, "pool_max_size": 8})  # type: ignore[arg-type]
-    yield database
-    await database.close()
-
-
-@pytest.fixture
 async def ledger(database: Database, tmp_path: Path) -> AsyncIterator[DownloadLedger]:
     ledger = await open_ledger(database, tmp_path / "ledger")
     yield ledger
@@ -432,11 +425,38 @@ async def test_anothers_resume_tells_nothing(database: Database) -> None:
     assert await count(database, job_id) == 0
 
 
-async def test_a_resume_after_an_abort_has_no_such_credit(database: Database) -> None:
+@pytest.mark.parametrize(
+    ("sent", "resumed_at", "counted"),
+    [
+        (700, 700, 1),  # the last acknowledgements were on their way
+        (700, 500, 1),
+        (700, 400, 1),
+        (700, 701, 0),  # it cannot have what was never sent
+    ],
+)
+async def test_a_resume_after_an_abort_tells_how_much_of_what_was_sent_had_arrived(
+    database: Database, sent: int, resumed_at: int, counted: int
+) -> None:
     job_id, _ = await completed_job(database)
-    await record_downloads(database, [event(job_id, outcome="aborted", received=((0, 400),))])
-    await record_downloads(database, [part(job_id, 700, 1000)])
-    assert await count(database, job_id) == 0
+    await record_downloads(
+        database, [event(job_id, outcome="aborted", received=((0, 400),), bytes_sent=sent)]
+    )
+    await record_downloads(database, [part(job_id, resumed_at, 1000)])
+    assert await count(database, job_id) == counted
+
+
+@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
+async def test_a_segment_that_takes_over_from_a_connection_tells_it_too(
+    database: Database, order: list[int]
+) -> None:
+    """As aria2 does it: a second connection begins in the middle, where the first is then closed."""
+    job_id, _ = await completed_job(database)
+    began = datetime.now(UTC)
+    first = event(job_id, started_at=began, outcome="aborted", received=((0, 480),), bytes_sent=600)
+    second = part(job_id, 500, 1000, started_at=began + timedelta(seconds=1))
+    for number in order:
+        await record_downloads(database, [[first, second][number]])
+    assert await count(database, job_id) == 1
 
 
 async def test_what_was_lost_before_the_last_whole_download_is_over(database: Database) -> None:

@@ -7,10 +7,10 @@ from exportd.db.pool import Database
 from exportd.db.rows import FailureCount
 from exportd.db.statistics import find_statistics
 from exportd.http.sizes import LOWER_BOUNDS, SIZE_RANGES
-from tests.db.test_ledger import completed_job, database, event, part  # noqa: F401  # a fixture
+from tests.db.test_ledger import completed_job, event, part
 
 
-async def test_a_job_that_was_never_downloaded_has_nothing_to_tell(database: Database) -> None:  # noqa: F811
+async def test_a_job_that_was_never_downloaded_has_nothing_to_tell(database: Database) -> None:
     job_id, _ = await completed_job(database)
     found = await find_statistics(database, job_id, LOWER_BOUNDS)
     assert found is not None
@@ -19,7 +19,7 @@ async def test_a_job_that_was_never_downloaded_has_nothing_to_tell(database: Dat
     assert await find_statistics(database, uuid.uuid4(), LOWER_BOUNDS) is None
 
 
-async def test_downloads_are_told_by_size_user_and_failure(database: Database) -> None:  # noqa: F811
+async def test_downloads_are_told_by_size_user_and_failure(database: Database) -> None:
     job_id, _ = await completed_job(database)
     other, _ = await completed_job(database)
     large = {"package_size_bytes": 5_000_000, "bytes_sent": 5_000_000}

@@ -86,7 +86,7 @@ def test_publish_serve_download_by_curl(exportd: Exportd, source: Path, tmp_path
     subprocess.run(["tar", "xzf", file, "-C", out], check=True)
     subprocess.run(["diff", "-r", source, out / "export"], check=True)
 
-    (ended,) = daemon.events("download_completed")
+    ended = daemon.wait_for_event("download_completed")
     assert (ended["user_id"], ended["job_id"], ended["package_size_bytes"]) == (
         "ann", published["jobId"], published["packageSizeBytes"],
     )  # fmt: skip

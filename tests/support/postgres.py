@@ -7,7 +7,7 @@ import signal
 import subprocess
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import pytest
 
 from exportd.db.embedded import embedded_server
 from exportd.db.migrate import migrate_up
+from exportd.db.pool import Database, open_database
 
 _TEMPLATE = "exportd_template"
 
@@ -153,3 +154,17 @@ def own_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OwnServer]:
         if not (folder / "postgres" / "postmaster.pid").exists():
             server.start()
         server.stop()
+
+
+@pytest.fixture
+async def database(dsn: str) -> AsyncIterator[Database]:
+    """A pool on a migrated database."""
+    database = await open_database(
+        dsn,
+        pool_min_size=1,
+        pool_max_size=8,
+        connect_timeout_seconds=5.0,
+        statement_timeout_seconds=5.0,
+    )
+    yield database
+    await database.close()

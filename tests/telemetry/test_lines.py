@@ -61,7 +61,8 @@ def test_a_pipe_that_nobody_reads_blocks_nobody_and_what_is_shed_is_told(
         for _ in range(written):
             writer.write(line)
         shed = writer.shed_lines
-        assert shed > 300
+        # A hundred wait, a hundred are in the thread's hands, and four may be in the pipe.
+        assert shed >= written - 204
         received = b""
         while b"shed" not in received:
             received += os.read(pipe[0], 65536)
