@@ -418,6 +418,10 @@ async def test_statistics_of_an_expired_package_stay(client: Client, jobs: Jobs)
     async with client.get(package.stats_url, headers=ANN) as response:
         assert await response.json() == {
             "jobId": package.job_id, "downloadCount": 5, "lastDownloadedAt": None, "bytesServed": 0,
+        "uniqueUsers": 0,
+        "bySize": [],
+        "failures": [],
+        "recentEvents": [],
         }  # fmt: skip
 
 
