@@ -20,7 +20,15 @@ CREATE TABLE export_jobs (
     last_downloaded_at timestamptz,
     bytes_served bigint DEFAULT 0,
     re_export_of uuid,
-    package_suspect_since timestamptz
+    package_suspect_since timestamptz,
+    package_deleted_at timestamptz,
+    failure_reason text,
+    pack_source text,
+    pack_percent smallint,
+    pack_attempts smallint NOT NULL DEFAULT 0,
+    pack_due_at timestamptz,
+    packer_id uuid,
+    packer_seen_at timestamptz
 );
 
 COMMENT ON TABLE export_jobs IS 'exportd: one row for each export job';
@@ -40,6 +48,56 @@ COMMENT ON COLUMN export_jobs.last_downloaded_at IS 'exportd: when it last was';
 COMMENT ON COLUMN export_jobs.bytes_served IS 'exportd: bytes sent in all deliveries, partial and aborted ones too';
 COMMENT ON COLUMN export_jobs.re_export_of IS 'exportd: the job this one exports again';
 COMMENT ON COLUMN export_jobs.package_suspect_since IS 'exportd: the file changed after completion; it is not served until this is null again';
+COMMENT ON COLUMN export_jobs.package_deleted_at IS 'exportd: when the cleanup deleted the package';
+COMMENT ON COLUMN export_jobs.failure_reason IS 'exportd: why the job failed, in words for its user';
+COMMENT ON COLUMN export_jobs.pack_source IS 'exportd: the folder or ready .tar.gz that exportd''s packer makes the package of';
+COMMENT ON COLUMN export_jobs.pack_percent IS 'exportd: how much of it is packed';
+COMMENT ON COLUMN export_jobs.pack_attempts IS 'exportd: how often packing it was begun';
+COMMENT ON COLUMN export_jobs.pack_due_at IS 'exportd: a job that failed for now is not tried again before';
+COMMENT ON COLUMN export_jobs.packer_id IS 'exportd: the packer at work on it';
+COMMENT ON COLUMN export_jobs.packer_seen_at IS 'exportd: when that packer was last heard of';
+
+CREATE INDEX exportd_jobs_by_user ON export_jobs (user_id, created_at, job_id);
+
+CREATE INDEX exportd_jobs_by_time ON export_jobs (created_at, job_id);
+
+CREATE INDEX exportd_jobs_by_status ON export_jobs (status, created_at, job_id);
+
+CREATE INDEX exportd_jobs_to_expire ON export_jobs (package_expires_at, job_id)
+    WHERE package_path IS NOT NULL;
+
+CREATE INDEX exportd_jobs_by_path ON export_jobs (package_path) WHERE package_path IS NOT NULL;
+
+CREATE INDEX exportd_jobs_to_pack ON export_jobs (created_at, job_id)
+    WHERE pack_source IS NOT NULL AND completed_at IS NULL;
+
+CREATE INDEX exportd_jobs_re_exports ON export_jobs (re_export_of) WHERE re_export_of IS NOT NULL;
+
+-- Whoever completes a job, its package gets an expiry. UTC, because the table may hold times without a zone.
+CREATE FUNCTION exportd_set_package_expiry() RETURNS trigger
+    LANGUAGE plpgsql
+    SET timezone = 'UTC'
+    AS $$
+BEGIN
+    IF NEW.status::text = 'completed' AND NEW.package_path IS NOT NULL AND NEW.package_expires_at IS NULL THEN
+        NEW.completed_at := coalesce(NEW.completed_at, now());
+        NEW.package_expires_at := NEW.completed_at + make_interval(days => NEW.package_retention_days);
+    END IF;
+    RETURN NEW;
+END
+$$;
+
+COMMENT ON FUNCTION exportd_set_package_expiry()
+    IS 'exportd: package_expires_at = completed_at + package_retention_days; of a job that keeps its package for ever, those days are null';
+
+CREATE TRIGGER exportd_expiry_of_new_jobs BEFORE INSERT ON export_jobs
+    FOR EACH ROW EXECUTE FUNCTION exportd_set_package_expiry();
+
+-- Only at the moment of completion: a package that was there before keeps the expiry it has, or has not.
+CREATE TRIGGER exportd_expiry_at_completion BEFORE UPDATE OF status, package_path ON export_jobs
+    FOR EACH ROW
+    WHEN (OLD.package_path IS NULL OR OLD.status::text <> 'completed')
+    EXECUTE FUNCTION exportd_set_package_expiry();
 
 -- One row for each delivery. No foreign key: the history outlives a job that the application deletes.
 CREATE TABLE download_events (
@@ -81,3 +139,18 @@ CREATE TABLE download_progress (
 );
 
 COMMENT ON TABLE download_progress IS 'exportd: the bytes of a package that a principal has so far';
+
+CREATE TABLE exportd_cleanup_runs (
+    run_id uuid PRIMARY KEY,
+    started_at timestamptz NOT NULL,
+    finished_at timestamptz NOT NULL,
+    packages_deleted bigint NOT NULL,
+    packages_failed bigint NOT NULL,
+    packages_waiting bigint NOT NULL,
+    bytes_freed bigint NOT NULL,
+    events_pruned bigint NOT NULL
+);
+
+COMMENT ON TABLE exportd_cleanup_runs IS 'exportd: one row for each cleanup that went to its end';
+
+CREATE INDEX exportd_cleanup_runs_by_time ON exportd_cleanup_runs (started_at);

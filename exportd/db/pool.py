@@ -1,12 +1,14 @@
 """The one door to the database for everything that runs in the event loop: a pool of aiopg connections.
 
 Statements are sent in autocommit (psycopg2 knows no other way asynchronously), so a statement is a
-transaction. The driver replaces connections that died; a statement that met one is sent again, once. Hence
-the rule for callers: a statement is a read, or may be run twice with the effect of once.
+transaction; ``Database.session`` is for the few that must be several. The driver replaces connections that
+died; a statement that met one is sent again, once. Hence the rule for callers: a statement is a read, or may
+be run twice with the effect of once.
 """
 
 import asyncio
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +73,23 @@ class Database:
         rows = await self.fetch_all(statement, parameters)
         return rows[0] if rows else None
 
+    @contextlib.asynccontextmanager
+    async def session(self) -> AsyncIterator["Session"]:
+        """One connection of the pool, for statements that belong together. Raises DatabaseUnavailable."""
+        async with contextlib.AsyncExitStack() as stack:
+            with _broken_is_unavailable(), _translated():
+                connection = await stack.enter_async_context(self._pool.acquire())
+            session = Session(connection, self._statement_timeout_seconds)
+            try:
+                await session.fetch_all("SELECT")
+            except DatabaseUnavailable:
+                # A server that restarted has closed the idle connections.
+                await self._pool.clear()
+                with _broken_is_unavailable(), _translated():
+                    connection = await stack.enter_async_context(self._pool.acquire())
+                session = Session(connection, self._statement_timeout_seconds)
+            yield session
+
     @property
     def pool_use(self) -> PoolUse:
         """How busy the pool is now."""
@@ -87,26 +106,101 @@ class Database:
             self._pool.terminate()
 
     async def _run(self, statement: str, parameters: Parameters) -> list[tuple[Any, ...]]:
+        with _translated():
+            async with self._pool.acquire() as connection:
+                return await _execute(connection, statement, parameters, self._statement_timeout_seconds)
+
+
+class Session:
+    """One connection: transactions, and locks that last as long as it does. Nothing is sent a second time.
+
+    Made by ``Database.session``.
+    """
+
+    def __init__(self, connection: Any, statement_timeout_seconds: float) -> None:
+        self._connection = connection
+        self._statement_timeout_seconds = statement_timeout_seconds
+
+    async def fetch_all(self, statement: str, parameters: Parameters = ()) -> list[tuple[Any, ...]]:
+        """Runs one statement and returns its rows. Raises DatabaseUnavailable and DatabaseRefused."""
+        with _broken_is_unavailable(), _translated():
+            return await _execute(self._connection, statement, parameters, self._statement_timeout_seconds)
+
+    async def fetch_one(self, statement: str, parameters: Parameters = ()) -> tuple[Any, ...] | None:
+        """As ``fetch_all``, for a statement that returns at most one row."""
+        rows = await self.fetch_all(statement, parameters)
+        return rows[0] if rows else None
+
+    @contextlib.asynccontextmanager
+    async def transaction(self) -> AsyncIterator[None]:
+        """What the block sends is done whole, or not at all where the block raises.
+
+        When the connection breaks at the end, nobody knows which.
+        """
+        await self.fetch_all("BEGIN")
         try:
-            async with self._pool.acquire() as connection, connection.cursor() as cursor:
-                await cursor.execute(statement, parameters, timeout=self._statement_timeout_seconds)
-                return await cursor.fetchall() if cursor.description else []
-        except (psycopg2.OperationalError, psycopg2.InterfaceError):
+            yield
+        except BaseException:
+            with contextlib.suppress(DatabaseUnavailable):
+                await self.fetch_all("ROLLBACK")
             raise
-        except (psycopg2.Error, ValueError) as error:
-            # ValueError: a value that psycopg2 cannot send, or a time beyond Python's.
-            raise DatabaseRefused(_one_line(error)) from error
-        except RuntimeError as error:
-            raise DatabaseUnavailable("the pool is closing") from error
-        except TimeoutError as error:
-            raise DatabaseUnavailable("no connection or no answer in time") from error
-        except asyncio.CancelledError as error:
-            # aiopg turns the server's "canceling statement due to statement timeout" into a cancellation
-            # that nobody asked for.
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
-                raise
-            raise DatabaseUnavailable("the server cancelled the statement") from error
+        await self.fetch_all("COMMIT")
+
+    @contextlib.asynccontextmanager
+    async def try_lock(self, name: str) -> AsyncIterator[bool]:
+        """Holds the lock of that name, which one session in all the database can, while the block lasts.
+
+        Yields False, and holds nothing, where another session has it.
+        """
+        row = await self.fetch_one("SELECT pg_try_advisory_lock(hashtextextended(%s, 0))", (name,))
+        assert row is not None
+        is_held: bool = row[0]
+        try:
+            yield is_held
+        finally:
+            if is_held:
+                # A connection that is gone has given it back.
+                with contextlib.suppress(DatabaseUnavailable):
+                    await self.fetch_all("SELECT pg_advisory_unlock(hashtextextended(%s, 0))", (name,))
+
+
+async def _execute(
+    connection: Any, statement: str, parameters: Parameters, timeout_seconds: float
+) -> list[tuple[Any, ...]]:
+    async with connection.cursor() as cursor:
+        await cursor.execute(statement, parameters, timeout=timeout_seconds)
+        return await cursor.fetchall() if cursor.description else []
+
+
+@contextlib.contextmanager
+def _translated() -> Iterator[None]:
+    """Turns what the drivers raise into this module's errors, except for a connection that broke."""
+    try:
+        yield
+    except (psycopg2.OperationalError, psycopg2.InterfaceError):
+        raise
+    except (psycopg2.Error, ValueError) as error:
+        # ValueError: a value that psycopg2 cannot send, or a time beyond Python's.
+        raise DatabaseRefused(_one_line(error)) from error
+    except RuntimeError as error:
+        raise DatabaseUnavailable("the pool is closing") from error
+    except TimeoutError as error:
+        raise DatabaseUnavailable("no connection or no answer in time") from error
+    except asyncio.CancelledError as error:
+        # aiopg turns the server's "canceling statement due to statement timeout" into a cancellation that
+        # nobody asked for.
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        raise DatabaseUnavailable("the server cancelled the statement") from error
+
+
+@contextlib.contextmanager
+def _broken_is_unavailable() -> Iterator[None]:
+    try:
+        yield
+    except (psycopg2.OperationalError, psycopg2.InterfaceError) as error:
+        raise DatabaseUnavailable(_one_line(error)) from error
 
 
 async def open_database(

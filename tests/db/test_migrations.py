@@ -21,8 +21,8 @@ from tests.support.postgres import database_dsn, query
 
 REPOSITORY = Path(__file__).parent.parent.parent
 FIRST, SECOND, THIRD = "0001.export-jobs", "0002.download-tracking", "0003.suspect-packages"
-FOURTH = "0004.checkpoints"
-ALL = [FIRST, SECOND, THIRD, FOURTH]
+FOURTH, FIFTH = "0004.checkpoints", "0005.life-of-a-package"
+ALL = [FIRST, SECOND, THIRD, FOURTH, FIFTH]
 JOB = "11111111-2222-3333-4444-555555555555"
 
 
@@ -72,11 +72,14 @@ def test_status_tells_what_is_applied(empty_dsn: str) -> None:
     assert migrate_up(empty_dsn) == ALL
     assert status() == [(name, True) for name in ALL]
     assert migrate_up(empty_dsn) == []
-    assert migrate_down(empty_dsn) == FOURTH
-    assert status() == [(FIRST, True), (SECOND, True), (THIRD, True), (FOURTH, False)]
+    assert migrate_down(empty_dsn) == FIFTH
+    assert status() == [(FIRST, True), (SECOND, True), (THIRD, True), (FOURTH, True), (FIFTH, False)]
 
 
 def test_down_on_an_empty_schema_leaves_nothing(dsn: str) -> None:
+    assert migrate_down(dsn) == FIFTH
+    assert tables(dsn) == {"export_jobs", "download_events", "download_progress"}
+    assert "pack_source" not in columns(dsn)
     assert migrate_down(dsn) == FOURTH
     assert "bytes_acknowledged" not in columns(dsn, "download_events")
     assert migrate_down(dsn) == THIRD

@@ -143,3 +143,65 @@ async def test_closing_does_not_wait_for_a_statement_that_never_ends(
         await database.close()
     stuck.cancel()
     await asyncio.gather(stuck, return_exceptions=True)
+
+
+async def test_a_transaction_is_done_whole_or_not_at_all(database: Database, dsn: str) -> None:
+    query(dsn, "CREATE TABLE gate (n integer)")
+    async with database.session() as session:
+        async with session.transaction():
+            await session.fetch_all("INSERT INTO gate VALUES (1)")
+            assert query(dsn, "SELECT count(*) FROM gate") == [(0,)]
+        assert query(dsn, "SELECT count(*) FROM gate") == [(1,)]
+        with pytest.raises(LookupError):
+            async with session.transaction():
+                await session.fetch_all("INSERT INTO gate VALUES (2)")
+                raise LookupError
+        assert await session.fetch_one("SELECT count(*) FROM gate") == (1,)
+
+
+async def test_a_refused_statement_takes_its_transaction_back_and_the_session_goes_on(
+    database: Database, dsn: str
+) -> None:
+    query(dsn, "CREATE TABLE gate (n integer)")
+    async with database.session() as session:
+        with pytest.raises(DatabaseRefused):
+            async with session.transaction():
+                await session.fetch_all("INSERT INTO gate VALUES (1)")
+                await session.fetch_all("SELECT 1/0")
+        assert await session.fetch_one("SELECT count(*) FROM gate") == (0,)
+
+
+async def test_a_lock_is_held_by_one_session_until_its_block_ends_or_its_connection_dies(
+    database: Database, dsn: str
+) -> None:
+    async with database.session() as one, database.session() as two:
+        async with one.try_lock("cleanup") as held:
+            assert held
+            async with two.try_lock("cleanup") as also_held:
+                assert not also_held
+            async with two.try_lock("another") as other_held:
+                assert other_held
+        async with two.try_lock("cleanup") as free_again:
+            assert free_again
+            kill_connections(dsn)
+    async with database.session() as three, three.try_lock("cleanup") as after_death:
+        assert after_death
+
+
+async def test_a_session_begins_on_a_living_connection(database: Database, dsn: str) -> None:
+    await asyncio.gather(*(database.fetch_one("SELECT pg_sleep(0.1)") for _ in range(3)))
+    assert kill_connections(dsn) == 3
+    async with database.session() as session:
+        assert await session.fetch_one("SELECT 7") == (7,)
+
+
+async def test_a_session_whose_connection_dies_is_unavailable_and_repeats_nothing(
+    database: Database, dsn: str
+) -> None:
+    query(dsn, "CREATE TABLE gate (n integer)")
+    async with database.session() as session:
+        kill_connections(dsn)
+        with pytest.raises(DatabaseUnavailable):
+            await session.fetch_all("INSERT INTO gate VALUES (1)")
+    assert query(dsn, "SELECT count(*) FROM gate") == [(0,)]
+    assert await database.fetch_one("SELECT 1") == (1,)

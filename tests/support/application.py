@@ -65,6 +65,8 @@ class Jobs:
             "package_expires_at": datetime.now().astimezone() + timedelta(days=30),
             **columns,
         }
+        if row["package_expires_at"] is None:
+            row.setdefault("package_retention_days", None)
         names = ", ".join(row)
         query(
             self.dsn,

@@ -1,0 +1,86 @@
+-- The life of a package: expiry set at completion, the cleanup's history, packing, and indexes for large tables.
+-- depends: 0004.checkpoints
+
+DO $$
+DECLARE
+    wanted record;
+BEGIN
+    FOR wanted IN
+        SELECT * FROM (VALUES
+            ('package_deleted_at', 'timestamptz', 'when the cleanup deleted the package'),
+            ('failure_reason', 'text', 'why the job failed, in words for its user'),
+            ('pack_source', 'text', 'the folder or ready .tar.gz that exportd''s packer makes the package of'),
+            ('pack_percent', 'smallint', 'how much of it is packed'),
+            ('pack_attempts', 'smallint NOT NULL DEFAULT 0', 'how often packing it was begun'),
+            ('pack_due_at', 'timestamptz', 'a job that failed for now is not tried again before'),
+            ('packer_id', 'uuid', 'the packer at work on it'),
+            ('packer_seen_at', 'timestamptz', 'when that packer was last heard of')
+        ) AS columns(name, definition, meaning)
+    LOOP
+        IF NOT EXISTS (
+            SELECT FROM pg_attribute
+             WHERE attrelid = 'export_jobs'::regclass AND attname = wanted.name AND NOT attisdropped
+        ) THEN
+            EXECUTE format('ALTER TABLE export_jobs ADD COLUMN %I %s', wanted.name, wanted.definition);
+            EXECUTE format('COMMENT ON COLUMN export_jobs.%I IS %L', wanted.name, 'exportd: ' || wanted.meaning);
+        END IF;
+    END LOOP;
+END
+$$;
+
+CREATE INDEX IF NOT EXISTS exportd_jobs_by_user ON export_jobs (user_id, created_at, job_id);
+
+CREATE INDEX IF NOT EXISTS exportd_jobs_by_time ON export_jobs (created_at, job_id);
+
+CREATE INDEX IF NOT EXISTS exportd_jobs_by_status ON export_jobs (status, created_at, job_id);
+
+CREATE INDEX IF NOT EXISTS exportd_jobs_to_expire ON export_jobs (package_expires_at, job_id)
+    WHERE package_path IS NOT NULL;
+
+CREATE INDEX IF NOT EXISTS exportd_jobs_by_path ON export_jobs (package_path) WHERE package_path IS NOT NULL;
+
+CREATE INDEX IF NOT EXISTS exportd_jobs_to_pack ON export_jobs (created_at, job_id)
+    WHERE pack_source IS NOT NULL AND completed_at IS NULL;
+
+CREATE INDEX IF NOT EXISTS exportd_jobs_re_exports ON export_jobs (re_export_of) WHERE re_export_of IS NOT NULL;
+
+-- Whoever completes a job, its package gets an expiry. UTC, because the table may hold times without a zone.
+CREATE OR REPLACE FUNCTION exportd_set_package_expiry() RETURNS trigger
+    LANGUAGE plpgsql
+    SET timezone = 'UTC'
+    AS $$
+BEGIN
+    IF NEW.status::text = 'completed' AND NEW.package_path IS NOT NULL AND NEW.package_expires_at IS NULL THEN
+        NEW.completed_at := coalesce(NEW.completed_at, now());
+        NEW.package_expires_at := NEW.completed_at + make_interval(days => NEW.package_retention_days);
+    END IF;
+    RETURN NEW;
+END
+$$;
+
+COMMENT ON FUNCTION exportd_set_package_expiry()
+    IS 'exportd: package_expires_at = completed_at + package_retention_days; of a job that keeps its package for ever, those days are null';
+
+CREATE OR REPLACE TRIGGER exportd_expiry_of_new_jobs BEFORE INSERT ON export_jobs
+    FOR EACH ROW EXECUTE FUNCTION exportd_set_package_expiry();
+
+-- Only at the moment of completion: a package that was there before keeps the expiry it has, or has not.
+CREATE OR REPLACE TRIGGER exportd_expiry_at_completion BEFORE UPDATE OF status, package_path ON export_jobs
+    FOR EACH ROW
+    WHEN (OLD.package_path IS NULL OR OLD.status::text <> 'completed')
+    EXECUTE FUNCTION exportd_set_package_expiry();
+
+CREATE TABLE IF NOT EXISTS exportd_cleanup_runs (
+    run_id uuid PRIMARY KEY,
+    started_at timestamptz NOT NULL,
+    finished_at timestamptz NOT NULL,
+    packages_deleted bigint NOT NULL,
+    packages_failed bigint NOT NULL,
+    packages_waiting bigint NOT NULL,
+    bytes_freed bigint NOT NULL,
+    events_pruned bigint NOT NULL
+);
+
+COMMENT ON TABLE exportd_cleanup_runs IS 'exportd: one row for each cleanup that went to its end';
+
+CREATE INDEX IF NOT EXISTS exportd_cleanup_runs_by_time ON exportd_cleanup_runs (started_at);
