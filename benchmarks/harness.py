@@ -26,7 +26,7 @@ import psutil
 import psycopg2
 import trustme
 
-from exportd.auth.tokens import Tokens
+from exportd.auth.tokens import Claims, Tokens
 from exportd.db.embedded import embedded_server
 from exportd.db.migrate import migrate_up
 
@@ -132,7 +132,7 @@ class Bench:
 
     def authorization(self, user_id: str = "bench", role: str | None = None) -> str:
         """The value of the header."""
-        tokens = Tokens(self.secret, user_claim="userId", role_claim="role", admin_role="admin")
+        tokens = Tokens(Claims(), ["HS256"], secret=self.secret)
         return f"Bearer {tokens.sign(user_id, role, 86400)}"
 
     def query(self, statement: str, parameters: Sequence[object] = ()) -> list[tuple[Any, ...]]:

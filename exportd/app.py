@@ -21,7 +21,9 @@ from exportd.api.lifecycle import Lifecycle
 from exportd.api.metrics import count_answer, measure, metrics
 from exportd.api.middleware import LIFECYCLE, METRICS, edge, set_common_headers
 from exportd.api.statistics import download_statistics
-from exportd.auth.tokens import Tokens, load_or_make_secret
+from exportd.auth.jwks import RemoteKeys
+from exportd.auth.keys import load_public_key, secret_key
+from exportd.auth.tokens import Claims, Tokens, load_or_make_secret
 from exportd.db.jobs import JobFinder
 from exportd.db.ledger import open_ledger
 from exportd.db.pool import Database, open_database
@@ -42,7 +44,9 @@ def make_app(settings: Settings, dsn: str) -> web.Application:
     app = web.Application(middlewares=[edge])
     app[LIFECYCLE] = Lifecycle()
     noted = app[METRICS] = Metrics(FAILURE_REASONS, METHODS)
-    app[TOKENS] = make_tokens(settings)
+    auth = settings.auth
+    remote = RemoteKeys(auth.jwks_url, auth.jwks_refresh_seconds) if auth.jwks_url else None
+    app[TOKENS] = make_tokens(settings, remote)
     app[STORE] = PackageStore(settings.storage_root)
     app[MAX_RANGES] = settings.download.max_ranges
     app[DELIVERY_OPTIONS] = DeliveryOptions(
@@ -58,6 +62,11 @@ def make_app(settings: Settings, dsn: str) -> web.Application:
         observer=noted,
     )
 
+    async def provider_keys(_: web.Application) -> AsyncIterator[None]:
+        assert remote is not None
+        async with remote.kept_fresh():
+            yield
+
     async def resources(app: web.Application) -> AsyncIterator[None]:
         _prepare_storage(settings)
         database = app[DATABASE] = await connect(settings, dsn)
@@ -72,6 +81,8 @@ def make_app(settings: Settings, dsn: str) -> web.Application:
         await database.close()
 
     app.cleanup_ctx.extend([resources, measure])
+    if remote is not None:
+        app.cleanup_ctx.append(provider_keys)
     app.on_response_prepare.append(count_answer)
     app.on_response_prepare.append(set_common_headers)
     # Metrics tell routes apart by their names. Any id at all, so that one that is no UUID is told so.
@@ -84,14 +95,29 @@ def make_app(settings: Settings, dsn: str) -> web.Application:
     return app
 
 
-def make_tokens(settings: Settings) -> Tokens:
-    """Signs and verifies with the configured secret, or the data folder's own. Raises OSError."""
-    secret = settings.auth.secret
+def make_tokens(settings: Settings, remote: RemoteKeys | None = None) -> Tokens:
+    """Signs and verifies with the configured keys, or else with the data folder's own secret.
+
+    Raises OSError and UnusableKey.
+    """
+    auth = settings.auth
+    secret = auth.secret.get_secret_value() if auth.secret else None
     return Tokens(
-        secret.get_secret_value() if secret else load_or_make_secret(settings.data_dir),
-        user_claim=settings.auth.user_claim,
-        role_claim=settings.auth.role_claim,
-        admin_role=settings.auth.admin_role,
+        Claims(
+            user=auth.user_claim,
+            role=auth.role_claim,
+            admin_role=auth.admin_role,
+            issuer=auth.issuer,
+            audience=auth.audience,
+            leeway_seconds=auth.leeway_seconds,
+        ),
+        auth.algorithms,
+        secret=load_or_make_secret(settings.data_dir) if auth.makes_own_secret else secret,
+        keys=[
+            *(secret_key(former.get_secret_value()) for former in auth.former_secrets),
+            *(load_public_key(path) for path in auth.public_key_files),
+        ],
+        remote=remote,
     )
 
 

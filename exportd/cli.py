@@ -23,6 +23,8 @@ import structlog
 from exportd import __version__
 from exportd.api.statistics import describe_statistics
 from exportd.app import connect, make_app, make_tokens
+from exportd.auth.keys import UnusableKey
+from exportd.auth.tokens import CannotSign
 from exportd.db.embedded import EmbeddedServerError, embedded_server
 from exportd.db.jobs import record_completed_job
 from exportd.db.migrate import (
@@ -51,6 +53,8 @@ _FAILURES = (
     DatabaseRefused,
     PackError,
     ServerError,
+    UnusableKey,
+    CannotSign,
     OSError,
 )
 _SAMPLE_FILES = 24
@@ -113,6 +117,7 @@ def serve_command(config_file: Path | None, host: str | None, port: int | None, 
     }
     options = {key: value for key, value in given.items() if value is not None}
     settings = load_settings(config_file, os.environ, options)
+    make_tokens(settings)  # keys that cannot be used are told before anything starts
     _log_to_stdout(settings)
 
     def present_settings() -> Settings:

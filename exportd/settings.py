@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from cronsim import CronSim, CronSimError
@@ -66,6 +67,14 @@ def _check_timezone(value: str) -> str:
 def _check_secret(value: SecretStr | None) -> SecretStr | None:
     if value is not None and len(value.get_secret_value().encode()) < MINIMUM_SECRET_BYTES:
         raise ValueError(f"must be at least {MINIMUM_SECRET_BYTES} bytes long")
+    return value
+
+
+def _check_jwks_url(value: str | None) -> str | None:
+    if value is not None:
+        parts = urlsplit(value)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("must be an address, such as https://login.example.com/keys")
     return value
 
 
@@ -124,13 +133,35 @@ class StorageSettings(_Section):
     root: OptionalPath = None
 
 
-class AuthSettings(_Section):
-    """How a token becomes a principal; no secret: one is made in the data folder."""
+Algorithm = Literal[
+    "HS256", "HS384", "HS512",
+    "RS256", "RS384", "RS512", "PS256", "PS384", "PS512",
+    "ES256", "ES384", "ES512", "EdDSA",
+]  # fmt: skip
+Secret = Annotated[OptionalSecret, AfterValidator(_check_secret)]
 
-    secret: Annotated[OptionalSecret, AfterValidator(_check_secret)] = None
+
+class AuthSettings(_Section):
+    """How a token becomes a principal; no key at all: a secret is made in the data folder."""
+
+    secret: Secret = None
+    former_secrets: tuple[Annotated[SecretStr, AfterValidator(_check_secret)], ...] = ()
+    public_key_files: tuple[Path, ...] = ()
+    jwks_url: Annotated[str | None, BeforeValidator(_empty_is_none), AfterValidator(_check_jwks_url)] = None
+    jwks_refresh_seconds: Annotated[Seconds, Field(ge=30)] = 600.0
+    algorithms: Annotated[tuple[Algorithm, ...], Field(min_length=1)] = (
+        "HS256", "RS256", "PS256", "ES256", "EdDSA",
+    )  # fmt: skip
+    issuer: Annotated[str | None, BeforeValidator(_empty_is_none)] = None
+    audience: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    leeway_seconds: Annotated[float, Field(ge=0, le=300)] = 0.0
     user_claim: Annotated[str, Field(min_length=1)] = "userId"
     role_claim: Annotated[str, Field(min_length=1)] = "role"
     admin_role: Annotated[str, Field(min_length=1)] = "admin"
+
+    @property
+    def makes_own_secret(self) -> bool:
+        return self.secret is None and not self.public_key_files and self.jwks_url is None
 
 
 class DownloadSettings(_Section):

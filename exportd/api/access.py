@@ -6,9 +6,15 @@ from uuid import UUID
 import structlog
 from aiohttp import web
 
-from exportd.api.errors import DownloadUnauthorized, InvalidJobId, Unauthenticated
+from exportd.api.errors import (
+    DownloadUnauthorized,
+    IdentityProviderUnavailable,
+    InvalidJobId,
+    Unauthenticated,
+)
+from exportd.api.middleware import METRICS
 from exportd.auth.principal import Principal
-from exportd.auth.tokens import InvalidToken, Tokens
+from exportd.auth.tokens import InvalidToken, KeysUnavailable, Tokens
 
 log = structlog.get_logger()
 
@@ -28,25 +34,36 @@ def requested_job_id(request: web.Request) -> UUID:
     return UUID(text)
 
 
-def authenticate(request: web.Request) -> Principal:
-    """The principal of the request's bearer token (RFC 6750). Raises Unauthenticated."""
+async def authenticate(request: web.Request) -> Principal:
+    """The principal of the request's bearer token (RFC 6750). Raises Unauthenticated, and
+    IdentityProviderUnavailable where nobody can tell whether the token is good."""
     fields = request.headers.getall("Authorization", [])
     if not fields:
-        raise Unauthenticated(headers={"WWW-Authenticate": _CHALLENGE})
+        raise _unauthenticated(request, None, _CHALLENGE)
     scheme, _, token = fields[0].partition(" ")
     try:
         if len(fields) > 1 or scheme.lower() != "bearer":
             raise InvalidToken("not one bearer token")
-        principal = request.app[TOKENS].verify(token.strip(" "))
+        principal = await request.app[TOKENS].verify(token.strip(" "))
     except InvalidToken as error:
-        log.warning("authentication_failed", reason=str(error))
         challenge = f'{_CHALLENGE}, error="invalid_token"'
-        raise Unauthenticated(headers={"WWW-Authenticate": challenge}) from error
+        raise _unauthenticated(request, str(error), challenge) from error
+    except KeysUnavailable as error:
+        log.error("identity_provider_unavailable", error=str(error))
+        raise IdentityProviderUnavailable from error
     structlog.contextvars.bind_contextvars(user_id=principal.user_id)
     return principal
 
 
-def refuse(creator: str) -> DownloadUnauthorized:
+def _unauthenticated(request: web.Request, reason: str | None, challenge: str) -> Unauthenticated:
+    request.app[METRICS].access_refused("no_token" if reason is None else "bad_token")
+    if reason is not None:
+        log.warning("authentication_failed", reason=reason)
+    return Unauthenticated(headers={"WWW-Authenticate": challenge})
+
+
+def refuse(request: web.Request, creator: str) -> DownloadUnauthorized:
     """Logs an attempt on somebody else's job; the error to raise."""
+    request.app[METRICS].access_refused("not_permitted")
     log.warning("download_denied", reason="neither creator nor admin", creator=creator)
     return DownloadUnauthorized()

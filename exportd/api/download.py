@@ -65,7 +65,7 @@ _LONGEST_USER_AGENT = 256
 async def download_package(request: web.Request) -> web.StreamResponse:
     """Sends the package of a completed job to its creator or an admin."""
     job_id = requested_job_id(request)
-    principal = authenticate(request)
+    principal = await authenticate(request)
     job = await request.app[JOBS].find_job(job_id)
     if job is None:
         raise JobNotFound
@@ -92,7 +92,7 @@ async def download_package(request: web.Request) -> web.StreamResponse:
 def _check_permission(request: web.Request, principal: Principal, job: Job) -> None:
     match decide_download(principal, job, job.read_at):
         case Decision.UNAUTHORIZED:
-            raise refuse(job.user_id)
+            raise refuse(request, job.user_id)
         case Decision.NOT_READY:
             raise _denied(PackageNotReady(extra={"jobStatus": job.status}))
         case Decision.EXPIRED:

@@ -98,6 +98,12 @@ class DatabaseIsUnavailable(ApiError):
     status, code = HTTPStatus.SERVICE_UNAVAILABLE, "DATABASE_UNAVAILABLE"
 
 
+class IdentityProviderUnavailable(ApiError):
+    """The identity provider does not answer, so the token cannot be checked; try again soon"""
+
+    status, code = HTTPStatus.SERVICE_UNAVAILABLE, "IDENTITY_PROVIDER_UNAVAILABLE"
+
+
 class ShuttingDown(ApiError):
     """The server is shutting down; try again soon"""
 

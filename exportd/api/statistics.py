@@ -15,14 +15,14 @@ from exportd.http.sizes import LOWER_BOUNDS, SIZE_RANGES
 async def download_statistics(request: web.Request) -> web.Response:
     """How a job's package was downloaded, for its creator or an admin."""
     job_id = requested_job_id(request)
-    principal = authenticate(request)
+    principal = await authenticate(request)
     await request.app[LEDGER].settle(job_id)
     statistics = await find_statistics(request.app[DATABASE], job_id, LOWER_BOUNDS)
     if statistics is None:
         raise JobNotFound
     assert statistics.user_id is not None
     if not may_see(principal, statistics.user_id):
-        raise refuse(statistics.user_id)
+        raise refuse(request, statistics.user_id)
     return web.Response(
         body=orjson.dumps(describe_statistics(statistics)),
         content_type="application/json",

@@ -1,18 +1,24 @@
-"""Bearer tokens: a JWT becomes a principal, and back. The one door to PyJWT."""
+"""Bearer tokens: a JWT becomes a principal, and back."""
 
 import os
 import secrets
 import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jwt
 
+from exportd.auth.jwks import RemoteKeys
+from exportd.auth.keys import HMAC_ALGORITHMS, VerificationKey, secret_key
 from exportd.auth.principal import Principal
 
-_ALGORITHM = "HS256"
+_SIGNING_ALGORITHM = "HS256"
 _SECRET_BYTES = 32
 # A user's id ends up in log lines, rows and headers; nobody's is longer.
 _LONGEST_USER_ID = 255
+_LONGEST_TOKEN = 16 * 1024
 # Verified tokens are remembered: a check costs as much as all the rest of the authentication.
 _MOST_REMEMBERED = 1024
 
@@ -21,29 +27,82 @@ class InvalidToken(Exception):
     """The token does not prove who is asking. The message says why, for the log, never for the client."""
 
 
-class Tokens:
-    """Signs and verifies tokens with one shared secret.
+class KeysUnavailable(Exception):
+    """The token may be good: the identity provider, whose keys would tell, does not answer."""
 
-    ``user_claim`` and ``role_claim`` name the claims that hold the user's id and role; whose role is
-    ``admin_role`` is an admin.
+
+class CannotSign(Exception):
+    """There is no secret to sign with."""
+
+
+class _UnknownKey(InvalidToken):
+    """The token names a key that is not known, or not yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Claims:
+    """What a token must say, and where it says who its bearer is.
+
+    ``user``, ``role``: names of claims, or paths into nested ones such as ``realm_access.roles``. The role is
+    a string or a list of them; whose role is ``admin_role`` is an admin. ``issuer``, ``audience``: none where
+    empty; a token for an audience is refused where none is configured (RFC 7519, section 4.1.3).
     """
 
-    def __init__(self, secret: str, *, user_claim: str, role_claim: str, admin_role: str) -> None:
+    user: str = "userId"
+    role: str = "role"
+    admin_role: str = "admin"
+    issuer: str | None = None
+    audience: tuple[str, ...] = ()
+    leeway_seconds: float = 0
+
+
+class Tokens:
+    """Verifies tokens with several keys, local ones and an identity provider's, and signs with one secret.
+
+    Only ``algorithms`` are accepted, and each key only with those of its own kind.
+    """
+
+    def __init__(
+        self,
+        claims: Claims,
+        algorithms: Collection[str],
+        *,
+        secret: str | None = None,
+        keys: Sequence[VerificationKey] = (),
+        remote: RemoteKeys | None = None,
+    ) -> None:
+        self._claims = claims
+        self._algorithms = frozenset(algorithms)
         self._secret = secret
-        self._user_claim = user_claim
-        self._role_claim = role_claim
-        self._admin_role = admin_role
+        self._local = (*([] if secret is None else [secret_key(secret)]), *keys)
+        self._remote = remote
+        self._remote_version = 0
         self._verified: dict[str, tuple[float, Principal]] = {}
 
-    def verify(self, token: str) -> Principal:
-        """The principal a token was issued to. Raises InvalidToken.
+    async def verify(self, token: str) -> Principal:
+        """The principal a token was issued to. Raises InvalidToken and KeysUnavailable.
 
-        A token that was good a moment ago is good until it expires, and is not verified again.
+        A token that was good a moment ago is good until it expires or the provider's keys change, and is not
+        verified again.
         """
+        if self._remote is not None and self._remote.version != self._remote_version:
+            self._remote_version = self._remote.version
+            self._verified.clear()
         known = self._verified.get(token)
         if known is not None and time.time() < known[0]:
             return known[1]
-        expires_at, principal = self._verify(token)
+        try:
+            expires_at, principal = self._verify(token)
+        except _UnknownKey:
+            if self._remote is None:
+                raise
+            await self._remote.refresh()
+            try:
+                expires_at, principal = self._verify(token)
+            except _UnknownKey as error:
+                if self._remote.is_current:
+                    raise
+                raise KeysUnavailable(str(error)) from error
         if len(self._verified) >= _MOST_REMEMBERED:
             # Dictionaries keep their order: the one remembered longest goes.
             del self._verified[next(iter(self._verified))]
@@ -51,26 +110,102 @@ class Tokens:
         return principal
 
     def _verify(self, token: str) -> tuple[float, Principal]:
-        """The token's expiry, in seconds since the epoch, and its principal."""
+        """When the token stops being good, in seconds since the epoch, and its principal."""
+        if len(token) > _LONGEST_TOKEN:
+            raise InvalidToken("too long")
         try:
-            claims = jwt.decode(token, self._secret, algorithms=[_ALGORITHM], options={"require": ["exp"]})
-        except (jwt.InvalidTokenError, ValueError, TypeError, OverflowError) as error:
+            header = jwt.get_unverified_header(token)
+            claims = self._verified_claims(token, header)
+        except (jwt.InvalidTokenError, ValueError, TypeError, OverflowError, RecursionError) as error:
             # PyJWT lets some nonsense through to what it calls.
             raise InvalidToken(ascii(str(error))) from error
-        user_id = claims.get(self._user_claim)
+        user_id = _find_claim(claims, self._claims.user)
         if isinstance(user_id, int) and not isinstance(user_id, bool):
             user_id = str(user_id)
         if not isinstance(user_id, str) or not _is_storable(user_id):
-            raise InvalidToken(f"claim {self._user_claim!r} holds no user id")
-        return float(claims["exp"]), Principal(user_id, claims.get(self._role_claim) == self._admin_role)
+            raise InvalidToken(f"claim {self._claims.user!r} holds no user id")
+        role = _find_claim(claims, self._claims.role)
+        is_admin = self._claims.admin_role in (role if isinstance(role, list) else [role])
+        return float(claims["exp"]) + self._claims.leeway_seconds, Principal(user_id, is_admin)
+
+    def _verified_claims(self, token: str, header: dict[str, Any]) -> dict[str, Any]:
+        algorithm, key_id = header.get("alg"), header.get("kid")
+        if algorithm not in self._algorithms:
+            raise InvalidToken(f"algorithm {algorithm!a:.40} is not allowed")
+        keys = [*self._local, *(self._remote.keys if self._remote else ())]
+        # A key without a name of its own may be meant by any.
+        fitting = [
+            key
+            for key in keys
+            if algorithm in key.algorithms and (key_id is None or key.key_id in (None, key_id))
+        ]
+        for key in fitting:
+            try:
+                return self._decode(token, key, algorithm)
+            except jwt.InvalidSignatureError:
+                continue
+        is_named = key_id is not None and any(key.key_id == key_id for key in fitting)
+        if self._remote is not None and algorithm not in HMAC_ALGORITHMS and not is_named:
+            raise _UnknownKey(f"no key verifies it; it names {key_id!a:.80}")
+        raise InvalidToken("no key verifies its signature" if fitting else f"no key is for {algorithm}")
+
+    def _decode(self, token: str, key: VerificationKey, algorithm: str) -> dict[str, Any]:
+        try:
+            claims: dict[str, Any] = jwt.decode(
+                token,
+                key.key,
+                algorithms=[algorithm],
+                issuer=self._claims.issuer,
+                audience=self._claims.audience or None,
+                leeway=self._claims.leeway_seconds,
+                # The user's claim is checked by its own rules, which let numbers pass.
+                options={"require": ["exp"], "verify_sub": False},
+            )
+        except jwt.InvalidAudienceError as error:
+            if self._claims.audience:
+                raise
+            raise InvalidToken("it is for an audience, and none is configured ([auth] audience)") from error
+        return claims
 
     def sign(self, user_id: str, role: str | None, ttl_seconds: int) -> str:
-        """A token for ``user_id`` that is valid for ``ttl_seconds`` from now."""
+        """A token for ``user_id`` that is valid for ``ttl_seconds`` from now. Raises CannotSign."""
+        if self._secret is None or _SIGNING_ALGORITHM not in self._algorithms:
+            raise CannotSign(
+                "tokens come from the identity provider here: no secret is configured to sign with"
+            )
         now = int(time.time())
-        claims: dict[str, object] = {self._user_claim: user_id, "iat": now, "exp": now + ttl_seconds}
+        claims: dict[str, Any] = {"iat": now, "exp": now + ttl_seconds}
+        _put_claim(claims, self._claims.user, user_id)
         if role is not None:
-            claims[self._role_claim] = role
-        return jwt.encode(claims, self._secret, algorithm=_ALGORITHM)
+            _put_claim(claims, self._claims.role, role)
+        if self._claims.issuer is not None:
+            claims["iss"] = self._claims.issuer
+        if self._claims.audience:
+            claims["aud"] = self._claims.audience[0]
+        return jwt.encode(claims, self._secret, algorithm=_SIGNING_ALGORITHM)
+
+
+def _find_claim(claims: dict[str, Any], path: str) -> object:
+    """The claim of that very name (which may be an address with dots in it), or the one at the path."""
+    if path in claims:
+        return claims[path]
+    found: object = claims
+    for name in path.split("."):
+        if not isinstance(found, dict):
+            return None
+        found = found.get(name)
+    return found
+
+
+def _put_claim(claims: dict[str, Any], path: str, value: str) -> None:
+    """Where ``_find_claim`` finds it."""
+    if "://" in path:
+        claims[path] = value
+        return
+    *parents, last = path.split(".")
+    for name in parents:
+        claims = claims.setdefault(name, {})
+    claims[last] = value
 
 
 def _is_storable(user_id: str) -> bool:

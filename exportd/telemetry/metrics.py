@@ -44,6 +44,7 @@ _FIRST_BYTES = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5,
 _SLICES = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1, 5)
 _LAGS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
 _FLUSHES = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+_REFUSALS = ("no_token", "bad_token", "not_permitted")
 _GROUPS = (1, 2, 5, 10, 20, 50, 100, 200, 500)
 
 _shared_folder: Path | None = None
@@ -131,6 +132,9 @@ class Metrics:
         self._failed = self._counts(
             "downloads_failed_total", "Downloads that failed", ("reason",), failure_reasons
         )
+        self._refused = self._counts(
+            "access_refused_total", "Requests refused for want of a right", ("reason",), _REFUSALS
+        )
         self._sent = self._counts("sent_bytes_total", "Bytes of packages sent", ("method",), delivery_methods)
         self._durations = self._distribution(
             "download_duration_seconds", "Duration of completed deliveries", _DURATIONS, ("size",)
@@ -183,6 +187,10 @@ class Metrics:
     def download_refused(self, reason: str) -> None:
         """A download failed before its delivery began."""
         self._failed.add(reason)
+
+    def access_refused(self, reason: Literal["no_token", "bad_token", "not_permitted"]) -> None:
+        """Nobody known asks, or somebody who may not."""
+        self._refused.add(reason)
 
     def download_started(self) -> None:
         """A delivery begins; ``download_completed`` or ``download_failed`` must follow."""

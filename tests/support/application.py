@@ -14,7 +14,7 @@ from aiohttp.test_utils import TestClient
 
 from exportd.api.middleware import LIFECYCLE
 from exportd.app import make_app
-from exportd.auth.tokens import Tokens
+from exportd.auth.tokens import Claims, Tokens
 from exportd.settings import Settings
 from tests.support.postgres import query
 
@@ -23,7 +23,7 @@ BASE = "/api/tool-registry/export-jobs"
 
 
 def bearer(user_id: str, role: str | None = None, ttl_seconds: int = 600) -> dict[str, str]:
-    tokens = Tokens(SECRET, user_claim="userId", role_claim="role", admin_role="admin")
+    tokens = Tokens(Claims(), ["HS256"], secret=SECRET)
     return {"Authorization": f"Bearer {tokens.sign(user_id, role, ttl_seconds)}"}
 
 
