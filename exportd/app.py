@@ -1,6 +1,7 @@
 """Wires the rooms together; the only file that knows them all."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from datetime import timedelta
 
 import structlog
 from aiohttp import web
@@ -13,6 +14,7 @@ from exportd.api.download import (
     JOBS,
     LEDGER,
     MAX_RANGES,
+    RESUME_GRACE,
     STORE,
     download_package,
 )
@@ -24,13 +26,14 @@ from exportd.api.statistics import download_statistics
 from exportd.auth.jwks import RemoteKeys
 from exportd.auth.keys import load_public_key, secret_key
 from exportd.auth.tokens import Claims, Tokens, load_or_make_secret
+from exportd.db.expiry import last_cleanup
 from exportd.db.jobs import JobFinder
 from exportd.db.ledger import open_ledger
 from exportd.db.pool import Database, open_database
 from exportd.delivery.outcome import METHODS
 from exportd.delivery.response import DeliveryOptions
 from exportd.delivery.watch import Patience
-from exportd.packages.cleanup import clean_up, on_schedule
+from exportd.packages.cleanup import Cleanup, CleanupSummary, claim_storage, on_schedule
 from exportd.packages.pack import remove_abandoned
 from exportd.packages.store import PackageStore
 from exportd.settings import Settings
@@ -48,6 +51,7 @@ def make_app(settings: Settings, dsn: str) -> web.Application:
     remote = RemoteKeys(auth.jwks_url, auth.jwks_refresh_seconds) if auth.jwks_url else None
     app[TOKENS] = make_tokens(settings, remote)
     app[STORE] = PackageStore(settings.storage_root)
+    app[RESUME_GRACE] = timedelta(hours=settings.retention.resume_grace_hours)
     app[MAX_RANGES] = settings.download.max_ranges
     app[DELIVERY_OPTIONS] = DeliveryOptions(
         sendfile=settings.download.sendfile,
@@ -72,10 +76,18 @@ def make_app(settings: Settings, dsn: str) -> web.Application:
         database = app[DATABASE] = await connect(settings, dsn)
         app[JOBS] = JobFinder(database)
         ledger = app[LEDGER] = await open_ledger(database, settings.data_dir / "ledger", noted.events_flushed)
+        await claim_storage(database, app[STORE])
+        if (last := await last_cleanup(database)) is not None:
+            noted.cleanup_was_finished(last[1])
+
+        def note_cleanup(done: CleanupSummary) -> None:
+            noted.cleanup_finished(
+                done.packages_deleted, done.packages_failed, done.packages_waiting, done.bytes_freed
+            )
+
+        cleanup = make_cleanup(settings, database, note_cleanup)
         retention = settings.retention
-        async with on_schedule(
-            retention.cleanup_schedule, retention.timezone, lambda: clean_up(database, retention.event_days)
-        ):
+        async with on_schedule(retention.cleanup_schedule, retention.timezone, cleanup.run_scheduled):
             yield
         await ledger.close()
         await database.close()
@@ -119,6 +131,15 @@ def make_tokens(settings: Settings, remote: RemoteKeys | None = None) -> Tokens:
         ],
         remote=remote,
     )
+
+
+def make_cleanup(
+    settings: Settings, database: Database, on_finished: Callable[[CleanupSummary], None] = lambda _: None
+) -> Cleanup:
+    """The cleanup by the configured rules."""
+    grace = timedelta(hours=settings.retention.resume_grace_hours)
+    store = PackageStore(settings.storage_root)
+    return Cleanup(database, store, grace, settings.retention.event_days, on_finished)
 
 
 async def connect(settings: Settings, dsn: str) -> Database:

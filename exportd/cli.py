@@ -12,6 +12,7 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,7 +23,7 @@ import structlog
 
 from exportd import __version__
 from exportd.api.statistics import describe_statistics
-from exportd.app import connect, make_app, make_tokens
+from exportd.app import connect, make_app, make_cleanup, make_tokens
 from exportd.auth.keys import UnusableKey
 from exportd.auth.tokens import CannotSign
 from exportd.db.embedded import EmbeddedServerError, embedded_server
@@ -38,7 +39,16 @@ from exportd.db.pool import DatabaseRefused, DatabaseUnavailable
 from exportd.db.rows import DownloadStatistics
 from exportd.db.statistics import find_statistics
 from exportd.http.sizes import LOWER_BOUNDS, SIZE_RANGES, format_size
+from exportd.packages.cleanup import (
+    CleanupRefused,
+    CleanupSummary,
+    Orphans,
+    claim_storage,
+    find_orphans,
+)
 from exportd.packages.pack import DraftPackage, PackError, Progress, draft_package, measure_source
+from exportd.packages.store import PackageStore
+from exportd.packages.verify import Verification, become_idle, verify_packages
 from exportd.server import Listener, MakeApp, ServerError, serve
 from exportd.settings import Key, Settings, SettingsError, load_settings
 from exportd.telemetry.logging import configure_logging, reopen_logs, stop_logging
@@ -55,6 +65,7 @@ _FAILURES = (
     ServerError,
     UnusableKey,
     CannotSign,
+    CleanupRefused,
     OSError,
 )
 _SAMPLE_FILES = 24
@@ -222,6 +233,75 @@ def _statistics_table(statistics: DownloadStatistics) -> str:
     return "\n".join(lines)
 
 
+@cli.command()
+@config_option
+@click.option("--dry-run", is_flag=True, help="Tells what would be deleted, and deletes nothing.")
+@click.option("--orphans", is_flag=True, help="Removes files that no job points to; needs --older-than.")
+@click.option("--older-than", "days", type=click.FloatRange(min=1), help="Days nobody has touched them.")
+def cleanup(config_file: Path | None, dry_run: bool, orphans: bool, days: float | None) -> None:
+    """Deletes expired packages and old download events now, and looks for files that no job points to.
+
+    Prints one JSON object. The exit status is 1 where a package could not be deleted.
+    """
+    if orphans and days is None:
+        raise click.UsageError("--orphans needs --older-than DAYS.")
+    settings = _quiet_settings(config_file)
+    with _database(settings) as dsn:
+        summary, found = asyncio.run(_clean_up(settings, dsn, dry_run, orphans, days or 1))
+    printed = {_camel_case(name): value for name, value in asdict(summary).items()}
+    click.echo(orjson.dumps({"dryRun": dry_run, **printed, "orphans": asdict(found)}).decode())
+    sys.exit(1 if summary.packages_failed or (orphans and not dry_run and found.removed < found.count) else 0)
+
+
+async def _clean_up(
+    settings: Settings, dsn: str, dry_run: bool, remove_orphans: bool, days: float
+) -> tuple[CleanupSummary, Orphans]:
+    database = await connect(settings, dsn)
+    try:
+        cleaner = make_cleanup(settings, database)
+        summary = await (cleaner.look() if dry_run else cleaner.run())
+        assert summary is not None
+        remove = remove_orphans and not dry_run
+        return summary, await find_orphans(database, cleaner.store, days, remove=remove)
+    finally:
+        await database.close()
+
+
+def _camel_case(name: str) -> str:
+    first, *others = name.split("_")
+    return first + "".join(map(str.capitalize, others))
+
+
+@cli.command()
+@config_option
+@click.argument("job_id", type=click.UUID, required=False)
+@click.option("--all", "every", is_flag=True, help="Every package there is.")
+def verify(config_file: Path | None, job_id: uuid.UUID | None, every: bool) -> None:
+    """Reads the package of JOB_ID, or all, and compares their SHA-256 with what was recorded.
+
+    A damaged one is not served from then on; one that proves sound is served again. Runs at idle priority.
+    Prints one JSON object; the exit status is 1 where a package is damaged, missing or unreadable.
+    """
+    if (job_id is None) == (not every):
+        raise click.UsageError("name a JOB_ID, or --all.")
+    settings = _quiet_settings(config_file)
+    with _database(settings) as dsn:
+        become_idle()  # and not before: the embedded database would be, too
+        found = asyncio.run(_verify(settings, dsn, job_id))
+    if job_id is not None and not sum(asdict(found).values()):
+        raise click.UsageError(f"there is no job {job_id} with a package")
+    click.echo(orjson.dumps({_camel_case(name): value for name, value in asdict(found).items()}).decode())
+    sys.exit(1 if found.damaged or found.missing or found.unreadable else 0)
+
+
+async def _verify(settings: Settings, dsn: str, job_id: uuid.UUID | None) -> Verification:
+    database = await connect(settings, dsn)
+    try:
+        return await verify_packages(database, PackageStore(settings.storage_root), job_id)
+    finally:
+        await database.close()
+
+
 @cli.group()
 def migrate() -> None:
     """Brings the database's schema up to date, or back."""
@@ -316,6 +396,7 @@ def _publish(
 ) -> dict[str, Any]:
     job_id = uuid.uuid4()
     days = retention_days or settings.retention.days
+    asyncio.run(_claim_storage(settings, dsn))
     with draft_package(source, settings.storage_root, job_id, progress) as draft, _signals_deferred():
         draft.place()
         expires_at = asyncio.run(_record(settings, dsn, draft, job_id, user_id, tool_name, days))
@@ -327,6 +408,15 @@ def _publish(
             "sha256": draft.sha256,
             "expiresAt": expires_at,
         }
+
+
+async def _claim_storage(settings: Settings, dsn: str) -> None:
+    settings.storage_root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    database = await connect(settings, dsn)
+    try:
+        await claim_storage(database, PackageStore(settings.storage_root))
+    finally:
+        await database.close()
 
 
 async def _record(

@@ -181,6 +181,7 @@ class RetentionSettings(_Section):
     """How long packages and download events are kept, and when the cleanup runs."""
 
     days: Annotated[int, Field(ge=1, le=36500)] = 30
+    resume_grace_hours: Annotated[float, Field(ge=0, le=24 * 365)] = 24.0
     event_days: Annotated[int, Field(ge=0, le=36500)] = 365
     cleanup_schedule: Annotated[str, AfterValidator(_check_schedule)] = "0 3 * * *"
     timezone: Annotated[str, AfterValidator(_check_timezone)] = "UTC"

@@ -196,6 +196,26 @@ def test_promtool_takes_the_dashboards_expressions(tmp_path: Path) -> None:
 # it never does.
 CASES: list[tuple[str, dict[str, str], int | None]] = [
     ("ExportdDown", {'up{job="exportd",instance="a"}': "1 0x10"}, 4),
+    # The clock of these tests begins at 0.
+    ("ExportdCleanupOverdue", {'exportd_cleanup_finished_timestamp_seconds{job="e"}': "-172800x20"}, 12),
+    (
+        "ExportdCleanupOverdue",
+        {
+            'exportd_cleanup_finished_timestamp_seconds{job="e",instance="a"}': "-172800x20",
+            'exportd_cleanup_finished_timestamp_seconds{job="e",instance="b"}': "0x20",
+        },
+        None,
+    ),
+    (
+        "ExportdPackagesNotDeleted",
+        {'exportd_cleanup_packages_total{instance="a",result="failed"}': "0 0 1x10"},
+        4,
+    ),
+    (
+        "ExportdPackagesNotDeleted",
+        {'exportd_cleanup_packages_total{instance="a",result="waiting"}': "0 0 1x10"},
+        None,
+    ),
     ("ExportdDown", {'up{job="exportd",instance="a"}': "1 0 1x10"}, None),
     ("ExportdDatabaseAway", {'exportd_database_up{instance="a"}': "1 0x10"}, 4),
     ("ExportdDatabaseAway", {'exportd_database_up{instance="a"}': "1x10"}, None),

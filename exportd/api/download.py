@@ -7,7 +7,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import structlog
 from aiohttp import web
@@ -26,6 +26,7 @@ from exportd.api.errors import (
 from exportd.api.middleware import METRICS, RECEIVED_AT, REQUEST_ID
 from exportd.auth.permission import Decision, decide_download
 from exportd.auth.principal import Principal
+from exportd.db.expiry import has_unfinished_download
 from exportd.db.jobs import JobFinder
 from exportd.db.ledger import DownloadLedger
 from exportd.db.pool import Database
@@ -54,6 +55,8 @@ LEDGER = web.AppKey("ledger", DownloadLedger)
 STORE = web.AppKey("store", PackageStore)
 DELIVERY_OPTIONS = web.AppKey("delivery_options", DeliveryOptions)
 MAX_RANGES = web.AppKey("max_ranges", int)
+# How long after its expiry a download of a package may be resumed.
+RESUME_GRACE = web.AppKey("resume_grace", timedelta)
 
 # Why downloads fail, as metrics tell it: before their delivery, in it, and by a defect of ours.
 FAILURE_REASONS = ("missing", "unusable", "suspect", *FAILURES, "defect")
@@ -69,14 +72,15 @@ async def download_package(request: web.Request) -> web.StreamResponse:
     job = await request.app[JOBS].find_job(job_id)
     if job is None:
         raise JobNotFound
-    _check_permission(request, principal, job)
+    await _check_permission(request, principal, job)
     with _open_package(request, job) as package:
         representation = _describe(job, package)
         fields, max_ranges = _request_fields(request), request.app[MAX_RANGES]
         plan = plan_response(request.method, fields, representation, max_ranges)
         match plan.status:
             case 304:
-                return web.Response(status=304, headers=_caching_headers(representation))
+                headers = _caching_headers(representation) | _sunset(request, job)
+                return web.Response(status=304, headers=headers)
             case 412:
                 raise PreconditionFailed
             case 416:
@@ -89,13 +93,15 @@ async def download_package(request: web.Request) -> web.StreamResponse:
         return await _deliver(request, response, principal, job, package, plan, body.segments)
 
 
-def _check_permission(request: web.Request, principal: Principal, job: Job) -> None:
-    match decide_download(principal, job, job.read_at):
+async def _check_permission(request: web.Request, principal: Principal, job: Job) -> None:
+    match decide_download(principal, job, job.read_at, request.app[RESUME_GRACE]):
         case Decision.UNAUTHORIZED:
             raise refuse(request, job.user_id)
         case Decision.NOT_READY:
             raise _denied(PackageNotReady(extra={"jobStatus": job.status}))
-        case Decision.EXPIRED:
+        case Decision.RESUMABLE if await _is_resume(request, principal, job):
+            pass
+        case Decision.EXPIRED | Decision.RESUMABLE:
             expires_at = job.package_expires_at and job.package_expires_at.isoformat()
             raise _denied(PackageExpired(extra={"expiresAt": expires_at}))
         case Decision.SUSPECT:
@@ -104,6 +110,14 @@ def _check_permission(request: web.Request, principal: Principal, job: Job) -> N
             raise StorageError
         case Decision.ALLOWED:
             pass
+
+
+async def _is_resume(request: web.Request, principal: Principal, job: Job) -> bool:
+    """Whether the request goes on with a download that the principal began, or asks how to (HEAD)."""
+    if request.method != "HEAD" and "Range" not in request.headers:
+        return False
+    await request.app[LEDGER].settle(job.job_id)
+    return await has_unfinished_download(request.app[DATABASE], job.job_id, principal.user_id)
 
 
 def _denied(error: ApiError) -> ApiError:
@@ -164,10 +178,21 @@ def _package_headers(request: web.Request, job: Job, package: Representation) ->
         "X-Package-Size": format_size(package.size),
         # nginx in front would otherwise spool the body to disk and cut it at 1 GB.
         "X-Accel-Buffering": "no",
-    } | _caching_headers(package)
+    }
+    headers |= _caching_headers(package) | _sunset(request, job)
     if job.package_sha256 is not None and wants_digest(_field(request, "Want-Repr-Digest")):
         headers["Repr-Digest"] = repr_digest(job.package_sha256)
     return headers
+
+
+def _sunset(request: web.Request, job: Job) -> dict[str, str]:
+    """Until when the package is to be had (RFC 8594)."""
+    expires_at = job.package_expires_at
+    if expires_at is None:
+        return {}
+    if job.read_at >= expires_at:
+        expires_at += request.app[RESUME_GRACE]
+    return {"Sunset": http_date(expires_at)}
 
 
 async def _deliver(

@@ -5,7 +5,7 @@ exists.
 """
 
 import enum
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from exportd.auth.principal import Principal
 from exportd.db.rows import Job
@@ -18,6 +18,8 @@ class Decision(enum.Enum):
     UNAUTHORIZED = enum.auto()
     NOT_READY = enum.auto()
     EXPIRED = enum.auto()
+    # Past its expiry: who began before may go on for the grace time.
+    RESUMABLE = enum.auto()
     SUSPECT = enum.auto()
 
 
@@ -26,8 +28,11 @@ def may_see(principal: Principal, creator: str) -> bool:
     return principal.is_admin or principal.user_id == creator
 
 
-def decide_download(principal: Principal, job: Job, now: datetime) -> Decision:
-    """Whether a principal may start a download of the job's package at ``now``, by the database's clock."""
+def decide_download(principal: Principal, job: Job, now: datetime, grace: timedelta) -> Decision:
+    """Whether a principal may download the job's package at ``now``, by the database's clock.
+
+    ``grace`` is how long after the expiry a download may be resumed that began before.
+    """
     if not may_see(principal, job.user_id):
         return Decision.UNAUTHORIZED
     if job.status != "completed":
@@ -35,8 +40,10 @@ def decide_download(principal: Principal, job: Job, now: datetime) -> Decision:
     # The cleanup sets the path of a deleted package to null.
     if job.package_path is None:
         return Decision.EXPIRED
-    if job.package_expires_at is not None and now >= job.package_expires_at:
+    expires_at = job.package_expires_at
+    if expires_at is not None and now >= expires_at + grace:
         return Decision.EXPIRED
+    is_expired = expires_at is not None and now >= expires_at
     if job.is_suspect:
-        return Decision.SUSPECT
-    return Decision.ALLOWED
+        return Decision.EXPIRED if is_expired else Decision.SUSPECT
+    return Decision.RESUMABLE if is_expired else Decision.ALLOWED

@@ -5,8 +5,10 @@ symbolic link, so there is no moment between check and use. What is true of the 
 read from the open descriptor. From then on its name no longer matters.
 """
 
+import contextlib
 import os
 import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -14,6 +16,9 @@ from typing import Self
 _OPEN_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # O_NONBLOCK: opening a FIFO that nobody writes to must not hang. It changes nothing for regular files.
 _OPEN_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
+
+# A storage that is not mounted looks like one whose packages are all gone; this file tells them apart.
+_MARKER = ".exportd-storage"
 
 
 class PackageMissing(Exception):
@@ -71,6 +76,66 @@ class PackageStore:
         no such file, and PackageUnusable for everything else: another size, no permission, no regular file,
         a path that leaves the root, a root that is not there, no descriptor left, an I/O error.
         """
+        with self._folder_of(package_path) as (folder, name):
+            descriptor = os.open(name, _OPEN_FILE, dir_fd=folder)
+        try:
+            return _examine(descriptor, expected_size_bytes)
+        except BaseException:
+            os.close(descriptor)
+            raise
+
+    def remove(self, package_path: str) -> int:
+        """Unlinks a package and returns its size in bytes. Whoever has it open reads on.
+
+        Raises PackageMissing where there is no such file, and PackageUnusable for everything else.
+        """
+        with self._folder_of(package_path) as (folder, name):
+            status = os.stat(name, dir_fd=folder, follow_symlinks=False)
+            if not stat.S_ISREG(status.st_mode):
+                raise PackageUnusable("not a regular file")
+            os.unlink(name, dir_fd=folder)
+        return status.st_size
+
+    def mark(self) -> None:
+        """Puts the marker into the root, which is no empty mount point. Raises OSError."""
+        (self.root / _MARKER).touch()
+
+    def is_marked(self) -> bool:
+        """Whether the marker is there."""
+        return (self.root / _MARKER).is_file()
+
+    def list_files(self) -> Iterator[tuple[str, os.stat_result]]:
+        """Every file below the root, by its name relative to it, but those whose names begin with a dot and
+        what is in such folders. Follows no symbolic link. Raises OSError."""
+        folders = [""]
+        while folders:
+            below = folders.pop()
+            with os.scandir(self.root / below) as scan:
+                for entry in scan:
+                    name = f"{below}{entry.name}"
+                    if entry.name.startswith("."):
+                        continue
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(f"{name}/")
+                        continue
+                    # It may be gone by now.
+                    with contextlib.suppress(FileNotFoundError):
+                        yield name, entry.stat(follow_symlinks=False)
+
+    def name_of(self, package_path: str) -> str | None:
+        """The name by which ``list_files`` lists a package; None: it cannot be in the storage."""
+        try:
+            return "/".join(self._names_below_root(package_path))
+        except PackageUnusable:
+            return None
+
+    def is_ready(self) -> bool:
+        """Whether the root can be entered and read."""
+        return os.access(self.root, os.R_OK | os.X_OK) and self.root.is_dir()
+
+    @contextlib.contextmanager
+    def _folder_of(self, package_path: str) -> Iterator[tuple[int, str]]:
+        """The open folder of a package, and its name there; what the block raises becomes the store's."""
         names = self._names_below_root(package_path)
         try:
             folder = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -81,22 +146,13 @@ class PackageStore:
                 inner = os.open(name, _OPEN_FOLDER, dir_fd=folder)
                 os.close(folder)
                 folder = inner
-            descriptor = os.open(names[-1], _OPEN_FILE, dir_fd=folder)
+            yield folder, names[-1]
         except FileNotFoundError as error:
             raise PackageMissing(package_path) from error
         except OSError as error:
             raise PackageUnusable(error.strerror or str(error)) from error
         finally:
             os.close(folder)
-        try:
-            return _examine(descriptor, expected_size_bytes)
-        except BaseException:
-            os.close(descriptor)
-            raise
-
-    def is_ready(self) -> bool:
-        """Whether the root can be entered and read."""
-        return os.access(self.root, os.R_OK | os.X_OK) and self.root.is_dir()
 
     def _names_below_root(self, package_path: str) -> list[str]:
         names = _split(package_path)

@@ -18,6 +18,7 @@ import tempfile
 import time
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
@@ -45,6 +46,7 @@ _SLICES = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 
 _LAGS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
 _FLUSHES = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _REFUSALS = ("no_token", "bad_token", "not_permitted")
+_CLEANUP_RESULTS = ("deleted", "failed", "waiting")
 _GROUPS = (1, 2, 5, 10, 20, 50, 100, 200, 500)
 
 _shared_folder: Path | None = None
@@ -154,6 +156,13 @@ class Metrics:
             ("written", "failed"),
         )
         self._groups = self._distribution("ledger_flush_events", "Events in one such statement", _GROUPS)
+        self._cleaned = self._counts(
+            "cleanup_packages_total", "Expired packages that cleanups met", ("result",), _CLEANUP_RESULTS
+        )
+        self._freed = self._counts("cleanup_freed_bytes_total", "Bytes that cleanups freed")
+        self._cleanup_end = self._gauge(
+            "cleanup_finished_timestamp_seconds", "When the last cleanup went to its end", mode="livemax"
+        )
         self._shed = self._counts("log_lines_shed_total", "Log lines that could not be written")
         self._starts = self._counts("process_starts_total", "Processes started, replaced ones too")
         self._cpu = self._counts("process_cpu_seconds_total", "Processor time used")
@@ -225,6 +234,17 @@ class Metrics:
         """One statement of the ledger has ended."""
         self._flushes.observe(seconds, "written" if is_written else "failed")
         self._groups.observe(count)
+
+    def cleanup_finished(self, deleted: int, failed: int, waiting: int, freed_bytes: int) -> None:
+        """A cleanup of this process went to its end just now."""
+        for result, count in zip(_CLEANUP_RESULTS, (deleted, failed, waiting), strict=True):
+            self._cleaned.add(result, amount=count)
+        self._freed.add(amount=freed_bytes)
+        self.cleanup_was_finished(datetime.now(UTC))
+
+    def cleanup_was_finished(self, at: datetime) -> None:
+        """When the last cleanup went to its end, whoever's it was."""
+        self._cleanup_end.set(at.timestamp())
 
     def flush(
         self,

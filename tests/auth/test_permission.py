@@ -8,6 +8,7 @@ from exportd.auth.principal import Principal
 from exportd.db.rows import Job
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+GRACE = timedelta(hours=24)
 CREATOR, STRANGER, ADMIN = Principal("ann", False), Principal("eve", False), Principal("root", True)
 
 
@@ -37,8 +38,9 @@ def job(**changes: object) -> Job:
         (CREATOR, {"package_expires_at": None}, Decision.ALLOWED),
         (CREATOR, {"package_expires_at": NOW + timedelta(microseconds=1)}, Decision.ALLOWED),
         # Expired means now >= package_expires_at.
-        (CREATOR, {"package_expires_at": NOW}, Decision.EXPIRED),
-        (ADMIN, {"package_expires_at": NOW - timedelta(days=1)}, Decision.EXPIRED),
+        (CREATOR, {"package_expires_at": NOW}, Decision.RESUMABLE),
+        (ADMIN, {"package_expires_at": NOW - GRACE + timedelta(microseconds=1)}, Decision.RESUMABLE),
+        (ADMIN, {"package_expires_at": NOW - GRACE}, Decision.EXPIRED),
         (CREATOR, {"package_path": None}, Decision.EXPIRED),
         (CREATOR, {"status": "pending", "package_path": None}, Decision.NOT_READY),
         (CREATOR, {"status": "failed"}, Decision.NOT_READY),
@@ -53,7 +55,11 @@ def job(**changes: object) -> Job:
     ],
 )
 def test_decision(principal: Principal, changes: dict[str, object], decision: Decision) -> None:
-    assert decide_download(principal, job(**changes), NOW) is decision
+    assert decide_download(principal, job(**changes), NOW, GRACE) is decision
+
+
+def test_without_grace_nothing_is_resumed() -> None:
+    assert decide_download(CREATOR, job(package_expires_at=NOW), NOW, timedelta()) is Decision.EXPIRED
 
 
 def test_may_see_compares_ids_exactly() -> None:

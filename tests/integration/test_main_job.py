@@ -398,7 +398,9 @@ def test_a_database_that_never_comes_up_is_waited_for_in_vain(exportd: Exportd, 
 
 
 def nothing_is_left(exportd: Exportd) -> bool:
-    files = [path for path in exportd.storage.rglob("*") if path.is_file()]
+    files = [
+        path for path in exportd.storage.rglob("*") if path.is_file() and path.name != ".exportd-storage"
+    ]
     return not files and query(exportd.dsn, "SELECT count(*) FROM export_jobs") == [(0,)]
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import uuid
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -60,7 +61,7 @@ async def test_a_run_that_takes_long_is_not_joined_by_another_and_ends_with_the_
     started = 0
     ended = asyncio.Event()
 
-    async def run() -> None:
+    async def run(_: Callable[[datetime], datetime]) -> None:
         nonlocal started
         started += 1
         try:

@@ -2,6 +2,8 @@
 
 DROP TABLE IF EXISTS exportd_cleanup_runs;
 
+DROP FUNCTION IF EXISTS exportd_unfinished_downloads(uuid);
+
 DROP TRIGGER IF EXISTS exportd_expiry_at_completion ON export_jobs;
 
 DROP TRIGGER IF EXISTS exportd_expiry_of_new_jobs ON export_jobs;

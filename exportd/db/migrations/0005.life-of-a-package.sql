@@ -70,6 +70,25 @@ CREATE OR REPLACE TRIGGER exportd_expiry_at_completion BEFORE UPDATE OF status, 
     WHEN (OLD.package_path IS NULL OR OLD.status::text <> 'completed')
     EXECUTE FUNCTION exportd_set_package_expiry();
 
+-- Who began to download a package and does not have the whole of it since: whose last delivery began after the
+-- last one that was whole, and after the last time that several together were.
+CREATE OR REPLACE FUNCTION exportd_unfinished_downloads(of_job uuid) RETURNS SETOF text
+    LANGUAGE sql STABLE
+    AS $$
+    SELECT event.user_id
+      FROM (
+        SELECT *, received @> int8multirange(int8range(0, package_size_bytes)) AS is_whole
+          FROM download_events
+         WHERE job_id = of_job
+      ) AS event
+      LEFT JOIN download_progress AS progress USING (job_id, user_id)
+     GROUP BY event.user_id, progress.completed_at
+    HAVING max(event.started_at) FILTER (WHERE NOT event.is_whole)
+           > greatest(max(event.started_at) FILTER (WHERE event.is_whole), progress.completed_at, '-infinity')
+$$;
+
+COMMENT ON FUNCTION exportd_unfinished_downloads(uuid) IS 'exportd: whoever may resume a download of the job';
+
 CREATE TABLE IF NOT EXISTS exportd_cleanup_runs (
     run_id uuid PRIMARY KEY,
     started_at timestamptz NOT NULL,

@@ -1,0 +1,157 @@
+"""Packages whose time is up, in SQL: who may still resume, what the cleanup may delete, and its history.
+
+Who began a download of an expired package and has not finished may resume it for the grace time. Nothing
+starts after the expiry, so whatever delivery is unfinished began before it, whoever's clock wrote it down.
+"""
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from uuid import UUID
+
+from exportd.db.pool import Database, Session
+
+_FIND_UNFINISHED = """
+SELECT 1 FROM exportd_unfinished_downloads(%s) AS unfinished(user_id) WHERE user_id = %s
+"""
+
+# The minute is for deliveries that began at the last moment, and are not written down yet. An application's
+# table may share one package among jobs: it goes with the last of them.
+TAKE_EXPIRED = """
+SELECT job_id,
+       package_path::text,
+       coalesce(package_size_bytes::bigint, 0),
+       package_expires_at::timestamptz,
+       now() < package_expires_at::timestamptz + %(grace)s
+           AND EXISTS (SELECT FROM exportd_unfinished_downloads(job_id)),
+       ARRAY(
+           SELECT other.job_id
+             FROM export_jobs AS other
+            WHERE other.package_path = job.package_path AND other.job_id <> job.job_id
+       )
+  FROM export_jobs AS job
+ WHERE status::text = 'completed'
+   AND package_path IS NOT NULL
+   AND package_expires_at < now() - make_interval(secs => 60)
+   AND (package_expires_at, job_id) > (%(expires_at)s, %(job_id)s)
+ ORDER BY package_expires_at, job_id
+ LIMIT %(limit)s
+"""
+_LOCKED = " FOR UPDATE SKIP LOCKED"
+
+_MARK_DELETED = """
+UPDATE export_jobs
+   SET package_path = NULL, package_size_bytes = NULL, package_deleted_at = now()
+ WHERE job_id = ANY (%s::uuid[])
+   AND status::text = 'completed'
+   AND package_expires_at < now() - make_interval(secs => 60)
+"""
+
+_LIST_PATHS = """
+SELECT job_id, package_path::text
+  FROM export_jobs
+ WHERE package_path IS NOT NULL AND job_id > %s
+ ORDER BY job_id
+ LIMIT 10000
+"""
+
+_NEWEST_PACKAGES = """
+SELECT package_path::text
+  FROM export_jobs
+ WHERE package_path IS NOT NULL
+ ORDER BY created_at DESC NULLS LAST, job_id DESC
+ LIMIT 20
+"""
+
+_RECORD_RUN = """
+INSERT INTO exportd_cleanup_runs (
+    run_id, started_at, finished_at, packages_deleted, packages_failed, packages_waiting, bytes_freed,
+    events_pruned
+)
+VALUES (
+    %(run_id)s, %(started_at)s, now(), %(packages_deleted)s, %(packages_failed)s, %(packages_waiting)s,
+    %(bytes_freed)s, %(events_pruned)s
+)
+ON CONFLICT (run_id) DO NOTHING
+"""
+
+FIRST_ID = UUID(int=0)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpiredPackage:
+    """A package that the cleanup may delete. ``is_waiting``: not yet, somebody may still resume.
+
+    ``shared_with``: other jobs with the same package.
+    """
+
+    job_id: UUID
+    package_path: str
+    size_bytes: int
+    expires_at: datetime
+    is_waiting: bool
+    shared_with: tuple[UUID, ...]
+
+
+async def has_unfinished_download(database: Database, job_id: UUID, user_id: str) -> bool:
+    """Whether the principal began to download the package and does not have the whole of it since.
+
+    Raises DatabaseUnavailable.
+    """
+    return await database.fetch_one(_FIND_UNFINISHED, (job_id, user_id)) is not None
+
+
+async def take_expired(
+    session: Session | Database, after: ExpiredPackage | None, limit: int, grace: timedelta, *, lock: bool
+) -> list[ExpiredPackage]:
+    """The next expired packages, by expiry. ``lock``: and their rows, until the session's transaction ends;
+    rows that somebody else holds are left out. Raises DatabaseUnavailable."""
+    parameters = {
+        "expires_at": after.expires_at if after else "-infinity",
+        "job_id": after.job_id if after else FIRST_ID,
+        "limit": limit,
+        "grace": grace,
+    }
+    rows = await session.fetch_all(TAKE_EXPIRED + (_LOCKED if lock else ""), parameters)
+    return [
+        ExpiredPackage(job_id, path, size_bytes, expires_at, is_waiting, tuple(shared_with))
+        for job_id, path, size_bytes, expires_at, is_waiting, shared_with in rows
+    ]
+
+
+async def mark_deleted(session: Session, job_ids: list[UUID]) -> None:
+    """The packages are gone, or theirs no longer. Raises DatabaseUnavailable."""
+    await session.fetch_all(_MARK_DELETED, (job_ids,))
+
+
+async def list_package_paths(database: Database, after: UUID) -> list[tuple[UUID, str]]:
+    """The next jobs with a package, by id, and its recorded path; empty at the end.
+
+    Raises DatabaseUnavailable.
+    """
+    return [(row[0], row[1]) for row in await database.fetch_all(_LIST_PATHS, (after,))]
+
+
+async def newest_package_paths(database: Database) -> list[str]:
+    """The paths of some of the newest packages. Raises DatabaseUnavailable."""
+    return [row[0] for row in await database.fetch_all(_NEWEST_PACKAGES)]
+
+
+async def database_clock(database: Database | Session) -> datetime:
+    """The database's present time. Raises DatabaseUnavailable."""
+    row = await database.fetch_one("SELECT now()")
+    assert row is not None
+    now: datetime = row[0]
+    return now
+
+
+async def last_cleanup(database: Database | Session) -> tuple[datetime, datetime] | None:
+    """When the last cleanup that went to its end started and finished. Raises DatabaseUnavailable."""
+    row = await database.fetch_one(
+        "SELECT started_at, finished_at FROM exportd_cleanup_runs ORDER BY started_at DESC LIMIT 1"
+    )
+    return (row[0], row[1]) if row else None
+
+
+async def record_cleanup(database: Database | Session, run: dict[str, object]) -> None:
+    """Writes a cleanup down that went to its end, once for each ``run_id``. Raises DatabaseUnavailable."""
+    await database.fetch_all(_RECORD_RUN, run)
