@@ -50,7 +50,6 @@ def make_app(settings: Settings, dsn: str) -> web.Application:
     auth = settings.auth
     remote = RemoteKeys(auth.jwks_url, auth.jwks_refresh_seconds) if auth.jwks_url else None
     app[TOKENS] = make_tokens(settings, remote)
-    app[STORE] = PackageStore(settings.storage_root)
     app[RESUME_GRACE] = timedelta(hours=settings.retention.resume_grace_hours)
     app[MAX_RANGES] = settings.download.max_ranges
     app[DELIVERY_OPTIONS] = DeliveryOptions(
@@ -72,11 +71,10 @@ def make_app(settings: Settings, dsn: str) -> web.Application:
             yield
 
     async def resources(app: web.Application) -> AsyncIterator[None]:
-        _prepare_storage(settings)
         database = app[DATABASE] = await connect(settings, dsn)
         app[JOBS] = JobFinder(database)
         ledger = app[LEDGER] = await open_ledger(database, settings.data_dir / "ledger", noted.events_flushed)
-        await claim_storage(database, app[STORE])
+        app[STORE] = await open_storage(settings, database)
         if (last := await last_cleanup(database)) is not None:
             noted.cleanup_was_finished(last[1])
 
@@ -142,19 +140,26 @@ def make_cleanup(
     return Cleanup(database, store, grace, settings.retention.event_days, on_finished)
 
 
-async def connect(settings: Settings, dsn: str) -> Database:
+async def connect(settings: Settings, dsn: str, *, least_connections: int = 1) -> Database:
     """A pool with the configured sizes and time limits. Raises DatabaseUnavailable."""
     return await open_database(
         dsn,
         pool_min_size=settings.database.pool_min_size,
-        pool_max_size=settings.database.pool_max_size,
+        pool_max_size=max(settings.database.pool_max_size, least_connections),
         connect_timeout_seconds=settings.database.connect_timeout_seconds,
         statement_timeout_seconds=settings.database.statement_timeout_seconds,
     )
 
 
-def _prepare_storage(settings: Settings) -> None:
+async def open_storage(settings: Settings, database: Database) -> PackageStore:
+    """The package storage, made where it is not there yet, without what killed processes left in it.
+
+    Raises OSError and DatabaseUnavailable.
+    """
     root = settings.storage_root
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
     if removed := remove_abandoned(root):
         log.info("abandoned_files_removed", count=removed)
+    store = PackageStore(root)
+    await claim_storage(database, store)
+    return store

@@ -9,9 +9,8 @@ import os
 import secrets
 import signal
 import sys
-import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -23,7 +22,7 @@ import structlog
 
 from exportd import __version__
 from exportd.api.statistics import describe_statistics
-from exportd.app import connect, make_app, make_cleanup, make_tokens
+from exportd.app import connect, make_app, make_cleanup, make_tokens, open_storage
 from exportd.auth.keys import UnusableKey
 from exportd.auth.tokens import CannotSign
 from exportd.db.embedded import EmbeddedServerError, embedded_server
@@ -35,6 +34,7 @@ from exportd.db.migrate import (
     migration_status,
     wait_for_database,
 )
+from exportd.db.packing import request_package
 from exportd.db.pool import DatabaseRefused, DatabaseUnavailable
 from exportd.db.rows import DownloadStatistics
 from exportd.db.statistics import find_statistics
@@ -43,13 +43,13 @@ from exportd.packages.cleanup import (
     CleanupRefused,
     CleanupSummary,
     Orphans,
-    claim_storage,
     find_orphans,
 )
 from exportd.packages.pack import DraftPackage, PackError, Progress, draft_package, measure_source
+from exportd.packages.packer import Packer, packer_identity
 from exportd.packages.store import PackageStore
 from exportd.packages.verify import Verification, become_idle, verify_packages
-from exportd.server import Listener, MakeApp, ServerError, serve
+from exportd.server import Listener, MakeApp, ServerError, run_until_stopped, serve
 from exportd.settings import Key, Settings, SettingsError, load_settings
 from exportd.telemetry.logging import configure_logging, reopen_logs, stop_logging
 
@@ -139,8 +139,41 @@ def serve_command(config_file: Path | None, host: str | None, port: int | None, 
             return settings
 
     with _database(settings) as dsn:
-        status = _serve(settings, lambda: make_app(present_settings(), dsn))
+        companion = _packer_command(config_file) if settings.packer.enabled else ()
+        status = _serve(settings, lambda: make_app(present_settings(), dsn), companion=companion)
     sys.exit(status)
+
+
+@cli.command()
+@config_option
+@click.option("--attended", is_flag=True, hidden=True)
+def packer(config_file: Path | None, attended: bool) -> None:
+    """Makes packages of jobs that wait, until SIGTERM, which gives back the one it is at.
+
+    `exportd serve` runs one by itself where [packer] enabled is true; this is for other machines. Logs go to
+    stdout.
+    """
+    settings = load_settings(config_file, os.environ)
+    _log_to_stdout(settings)
+    with _database(settings) as dsn, packer_identity(settings.data_dir) as packer_id:
+        run_until_stopped(_pack(settings, dsn, packer_id), ends_with_stdin=attended)
+
+
+async def _pack(settings: Settings, dsn: str, packer_id: uuid.UUID) -> None:
+    # One listens, one writes how far it is, one completes.
+    database = await connect(settings, dsn, least_connections=3)
+    try:
+        await open_storage(settings, database)
+        await Packer(
+            database,
+            packer_id,
+            settings.storage_root,
+            settings.packer.source_roots,
+            max_attempts=settings.packer.max_attempts,
+            poll_seconds=settings.packer.poll_seconds,
+        ).run()
+    finally:
+        await database.close()
 
 
 @cli.command()
@@ -340,17 +373,49 @@ def migrate_status_command(config_file: Path | None) -> None:
 @cli.command()
 @config_option
 def demo(config_file: Path | None) -> None:
-    """Packs a sample, starts the daemon, and prints the curl line that downloads it."""
+    """Packs a sample, starts the daemon and a packer with a job to do, and prints curl lines to try."""
+    # In the environment, where the packer's process finds it too.
+    exports = load_settings(config_file, os.environ).data_dir / "demo-exports"
+    os.environ["EXPORTD_PACKER__ENABLED"] = "true"
+    os.environ["EXPORTD_PACKER__SOURCE_ROOTS"] = orjson.dumps([str(exports)]).decode()
     settings = load_settings(config_file, os.environ)
     _log_to_stdout(settings)
     with _database(settings) as dsn:
-        with tempfile.TemporaryDirectory(prefix="exportd-demo-") as folder:
-            sample = _write_sample(Path(folder) / "sample-export")
-            published = _publish(settings, dsn, sample, "alice", "Sample Export", None, lambda _: None)
-        _serve(settings, lambda: make_app(settings, dsn), lambda url: _print_demo(settings, published, url))
+        sample = _write_sample(exports / "sample-export")
+        published = _publish(settings, dsn, sample, "alice", "Sample Export", None, lambda _: None)
+        asyncio.run(_request_sample(settings, dsn, sample))
+        _serve(
+            settings,
+            lambda: make_app(settings, dsn),
+            lambda url: _print_demo(settings, published, url),
+            _packer_command(config_file),
+        )
 
 
-def _serve(settings: Settings, make: MakeApp, on_started: Callable[[str], None] = lambda _: None) -> int:
+async def _request_sample(settings: Settings, dsn: str, sample: Path) -> None:
+    database = await connect(settings, dsn)
+    await request_package(
+        database,
+        job_id=uuid.uuid4(),
+        user_id="alice",
+        tool_name="Packed By The Daemon",
+        source=str(sample),
+        retention_days=settings.retention.days,
+    )
+    await database.close()
+
+
+def _packer_command(config_file: Path | None) -> Sequence[str]:
+    config = ("--config", str(config_file)) if config_file else ()
+    return sys.executable, "-m", "exportd", "packer", "--attended", *config
+
+
+def _serve(
+    settings: Settings,
+    make: MakeApp,
+    on_started: Callable[[str], None] = lambda _: None,
+    companion: Sequence[str] = (),
+) -> int:
     server = settings.server
     return serve(
         make,
@@ -359,6 +424,7 @@ def _serve(settings: Settings, make: MakeApp, on_started: Callable[[str], None] 
         drain_timeout_seconds=server.drain_timeout_seconds,
         on_hangup=reopen_logs,
         on_started=on_started,
+        companion=companion,
     )
 
 
@@ -378,7 +444,7 @@ def _print_demo(settings: Settings, published: dict[str, Any], url: str) -> None
 
 
 def _write_sample(folder: Path) -> Path:
-    folder.mkdir()
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "README.txt").write_text("A sample export, made by `exportd demo`.\n", encoding="utf-8")
     for number in range(_SAMPLE_FILES):
         (folder / f"part-{number:02}.bin").write_bytes(secrets.token_bytes(_SAMPLE_FILE_BYTES))
@@ -396,7 +462,7 @@ def _publish(
 ) -> dict[str, Any]:
     job_id = uuid.uuid4()
     days = retention_days or settings.retention.days
-    asyncio.run(_claim_storage(settings, dsn))
+    asyncio.run(_open_storage(settings, dsn))
     with draft_package(source, settings.storage_root, job_id, progress) as draft, _signals_deferred():
         draft.place()
         expires_at = asyncio.run(_record(settings, dsn, draft, job_id, user_id, tool_name, days))
@@ -410,11 +476,10 @@ def _publish(
         }
 
 
-async def _claim_storage(settings: Settings, dsn: str) -> None:
-    settings.storage_root.mkdir(mode=0o700, parents=True, exist_ok=True)
+async def _open_storage(settings: Settings, dsn: str) -> None:
     database = await connect(settings, dsn)
     try:
-        await claim_storage(database, PackageStore(settings.storage_root))
+        await open_storage(settings, database)
     finally:
         await database.close()
 

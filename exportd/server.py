@@ -7,7 +7,11 @@ import os
 import signal
 import socket
 import ssl
-from collections.abc import Awaitable, Callable
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +35,10 @@ _BACKLOG = 1024
 _ABORT_SECONDS = 20.0
 # A worker that has not turned its loop for this long, beyond what a drain takes, is replaced.
 _HUNG_SECONDS = 60
+# How long the companion may take to end, and how long it stays away after it died.
+_COMPANION_SECONDS = 10.0
+_FIRST_RESTART_SECONDS = 1.0
+_LONGEST_RESTART_SECONDS = 60.0
 
 
 class ServerError(Exception):
@@ -55,18 +63,22 @@ def serve(
     drain_timeout_seconds: float,
     on_hangup: Callable[[], None],
     on_started: Callable[[str], None] = lambda _: None,
+    companion: Sequence[str] = (),
 ) -> int:
     """Serves until SIGTERM or SIGINT and returns the exit status: 0 after a drain, 1 after one cut short.
 
     The first signal stops accepting and lets running requests finish for ``drain_timeout_seconds``; a second
     one aborts them at once. ``make_app`` is called in each process that serves; ``on_started`` is told the
-    address. SIGHUP calls ``on_hangup`` where one process serves, and replaces the processes where several do.
-    Raises ServerError, and whatever the application's start-up raises.
+    address. ``companion`` is a command that runs beside; its stdin ends when this process does. SIGHUP calls
+    ``on_hangup`` where one process serves, and replaces the processes where several do. Raises ServerError,
+    and whatever the application's start-up raises.
     """
     _tls_context(listener)  # a certificate that cannot be used is told before anything starts
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(opened) for opened in _listen(listener)]
         url = _address(listener, sockets[0])
+        if companion:
+            stack.enter_context(_accompanied(companion))
 
         def started() -> None:
             log.info("server_started", url=url, workers=workers)
@@ -75,6 +87,29 @@ def serve(
         if workers == 1:
             return uvloop.run(_serve(make_app, listener, sockets, drain_timeout_seconds, on_hangup, started))
         return _serve_by_workers(make_app, listener, sockets, workers, drain_timeout_seconds, started)
+
+
+def run_until_stopped(work: Coroutine[Any, Any, None], *, ends_with_stdin: bool) -> None:
+    """Runs ``work`` and cancels it at SIGTERM, SIGINT or, if so asked, when stdin ends.
+
+    Raises what it raises.
+    """
+
+    async def run() -> None:
+        loop, task = asyncio.get_running_loop(), asyncio.ensure_future(work)
+        for number in _SIGNALS:
+            loop.add_signal_handler(number, task.cancel)
+
+        def stdin_ended() -> None:
+            loop.remove_reader(sys.stdin)
+            task.cancel()
+
+        if ends_with_stdin:
+            loop.add_reader(sys.stdin, stdin_ended)
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+    uvloop.run(run())
 
 
 class _DrainingRunner(web.AppRunner):
@@ -187,6 +222,43 @@ class _GunicornLogger(Logger):  # type: ignore[misc]
         self.error_log.propagate = True
         self.error_log.setLevel(logging.WARNING)
         self.access_log.disabled = True
+
+
+@contextlib.contextmanager
+def _accompanied(command: Sequence[str]) -> Iterator[None]:
+    """Keeps a process running while the block lasts."""
+    is_over = threading.Event()
+    present: list[subprocess.Popen[bytes]] = []
+
+    def keep_running() -> None:
+        delay = _FIRST_RESTART_SECONDS
+        while not is_over.is_set():
+            started = time.monotonic()
+            # However this process ends, the pipe does with it.
+            process = subprocess.Popen(command, stdin=subprocess.PIPE)  # noqa: S603
+            present[:] = [process]
+            if is_over.is_set():
+                process.terminate()
+            status = process.wait()
+            if is_over.is_set():
+                return
+            if time.monotonic() - started > _LONGEST_RESTART_SECONDS:
+                delay = _FIRST_RESTART_SECONDS
+            log.error("companion_ended", status=status, restart_in_seconds=delay)
+            is_over.wait(delay)
+            delay = min(2 * delay, _LONGEST_RESTART_SECONDS)
+
+    thread = threading.Thread(target=keep_running, name="companion", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        for process in present:
+            process.terminate()
+        thread.join(_COMPANION_SECONDS)
+        for process in present:
+            process.kill()
 
 
 def _listen(listener: Listener) -> list[socket.socket]:

@@ -187,6 +187,15 @@ class RetentionSettings(_Section):
     timezone: Annotated[str, AfterValidator(_check_timezone)] = "UTC"
 
 
+class PackerSettings(_Section):
+    """Whether exportd makes packages itself, of jobs that name a source."""
+
+    enabled: bool = False
+    source_roots: tuple[Path, ...] = ()
+    max_attempts: Annotated[int, Field(ge=1, le=100)] = 3
+    poll_seconds: Seconds = 5.0
+
+
 class LoggingSettings(_Section):
     """What is logged, and in which form."""
 
@@ -205,6 +214,7 @@ class Settings(_Section):
     auth: AuthSettings = AuthSettings()
     download: DownloadSettings = DownloadSettings()
     retention: RetentionSettings = RetentionSettings()
+    packer: PackerSettings = PackerSettings()
     logging: LoggingSettings = LoggingSettings()
 
     @property

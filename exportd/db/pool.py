@@ -8,7 +8,7 @@ be run twice with the effect of once.
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,6 +90,18 @@ class Database:
                 session = Session(connection, self._statement_timeout_seconds)
             yield session
 
+    @contextlib.asynccontextmanager
+    async def listening(self, channel: str) -> AsyncIterator[Callable[[float], Awaitable[None]]]:
+        """Listens on a channel while the block lasts; yields what waits for the next notification, though not
+        longer than so many seconds. Both raise DatabaseUnavailable."""
+        async with self.session() as session:
+            await session.fetch_all(f'LISTEN "{channel}"')
+            try:
+                yield session.wait_for_notification
+            finally:
+                with contextlib.suppress(DatabaseUnavailable):
+                    await session.fetch_all("UNLISTEN *")
+
     @property
     def pool_use(self) -> PoolUse:
         """How busy the pool is now."""
@@ -130,6 +142,12 @@ class Session:
         """As ``fetch_all``, for a statement that returns at most one row."""
         rows = await self.fetch_all(statement, parameters)
         return rows[0] if rows else None
+
+    async def wait_for_notification(self, seconds: float) -> None:
+        """Waits for a notification of what the connection listens to. Raises DatabaseUnavailable."""
+        with _broken_is_unavailable(), _translated(), contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._connection.notifies.get()
 
     @contextlib.asynccontextmanager
     async def transaction(self) -> AsyncIterator[None]:
@@ -174,25 +192,41 @@ async def _execute(
 
 @contextlib.contextmanager
 def _translated() -> Iterator[None]:
-    """Turns what the drivers raise into this module's errors, except for a connection that broke."""
+    """Turns what the drivers raise into this module's errors, except for a connection that broke.
+
+    A cancellation comes through, whatever became of it below: Python 3.11's wait_for, in aiopg, swallows one
+    that comes together with the answer, and aiopg may say instead that it closed the connection.
+    """
+    before = _cancellations()
     try:
         yield
-    except (psycopg2.OperationalError, psycopg2.InterfaceError):
+    except Exception as error:
+        if _cancellations() > before:
+            raise asyncio.CancelledError from error
+        match error:
+            case psycopg2.OperationalError() | psycopg2.InterfaceError():
+                raise
+            case psycopg2.Error() | ValueError():
+                # ValueError: a value that psycopg2 cannot send, or a time beyond Python's.
+                raise DatabaseRefused(_one_line(error)) from error
+            case RuntimeError():
+                raise DatabaseUnavailable("the pool is closing") from error
+            case TimeoutError():
+                raise DatabaseUnavailable("no connection or no answer in time") from error
         raise
-    except (psycopg2.Error, ValueError) as error:
-        # ValueError: a value that psycopg2 cannot send, or a time beyond Python's.
-        raise DatabaseRefused(_one_line(error)) from error
-    except RuntimeError as error:
-        raise DatabaseUnavailable("the pool is closing") from error
-    except TimeoutError as error:
-        raise DatabaseUnavailable("no connection or no answer in time") from error
     except asyncio.CancelledError as error:
         # aiopg turns the server's "canceling statement due to statement timeout" into a cancellation that
         # nobody asked for.
-        task = asyncio.current_task()
-        if task is not None and task.cancelling():
+        if _cancellations() > before:
             raise
         raise DatabaseUnavailable("the server cancelled the statement") from error
+    if _cancellations() > before:
+        raise asyncio.CancelledError
+
+
+def _cancellations() -> int:
+    task = asyncio.current_task()
+    return task.cancelling() if task is not None else 0
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import secrets
 import stat
 import tarfile
 import zlib
@@ -27,7 +28,18 @@ Progress = Callable[[int], None]
 
 
 class PackError(Exception):
-    """The package could not be made, and nothing of it is left. The message is for the user."""
+    """The package could not be made, and nothing of it is left. The message is for the operator.
+
+    ``public`` is for the export's user, and tells nothing of the server. ``is_final``: trying again is of no
+    use.
+    """
+
+    public = "The server could not make the package"
+
+    def __init__(self, message: str, *, is_final: bool = False, public: str | None = None) -> None:
+        super().__init__(message)
+        self.is_final = is_final
+        self.public = public or PackError.public
 
 
 class _Writable(Protocol):
@@ -42,7 +54,7 @@ class DraftPackage:
         self._final = final
         self.size_bytes = size_bytes
         self.sha256 = sha256
-        self.is_kept = False
+        self._is_placed = self._is_kept = False
 
     @property
     def path(self) -> str:
@@ -53,13 +65,19 @@ class DraftPackage:
         """Gives the package its final name, durably. Raises PackError."""
         try:
             self._temporary.rename(self._final)
+            self._is_placed = True
             _sync_folder(self._final.parent)
         except OSError as error:
             raise PackError(_describe(error)) from error
 
     def keep(self) -> None:
         """The package stays when the draft's block ends: its job is recorded, or may be."""
-        self.is_kept = True
+        self._is_kept = True
+
+    def discard(self) -> None:
+        """Removes what was placed and not kept. What others placed under the same name stays."""
+        if self._is_placed and not self._is_kept:
+            self._final.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -69,16 +87,16 @@ def draft_package(source: Path, root: Path, job_id: UUID, progress: Progress) ->
     A folder is packed as ``.tar.gz``; a file must be a sound one already, and is copied. Memory is constant
     whatever the size. ``progress`` is told the bytes read since its last call. Raises PackError.
     """
-    temporary, final = root / _INCOMING / f"{job_id}.part", root / f"{job_id}.tar.gz"
+    # Two may pack the same job, if the first was given up for dead.
+    temporary = root / _INCOMING / f"{job_id}-{secrets.token_hex(4)}.part"
     try:
         with _locked_file(source, root, temporary) as file:
-            draft = DraftPackage(temporary, final, *_fill(source.resolve(), file, progress))
-            yield draft
-            if not draft.is_kept:
-                final.unlink(missing_ok=True)
-    except BaseException:
-        final.unlink(missing_ok=True)
-        raise
+            size_and_digest = _fill(source.resolve(), file, progress)
+            draft = DraftPackage(temporary, root / f"{job_id}.tar.gz", *size_and_digest)
+            try:
+                yield draft
+            finally:
+                draft.discard()
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -90,6 +108,8 @@ def measure_source(source: Path) -> int:
             found = (_examine(path) for path in _walk(source))
             return sum(status.st_size for status in found if stat.S_ISREG(status.st_mode))
         return _examine(source.resolve(strict=True)).st_size
+    except FileNotFoundError as error:
+        raise PackError(_describe(error), is_final=True, public="Its source is not there") from error
     except OSError as error:
         raise PackError(_describe(error)) from error
 
@@ -109,16 +129,28 @@ def remove_abandoned(root: Path) -> int:
 @contextlib.contextmanager
 def _locked_file(source: Path, root: Path, temporary: Path) -> Iterator[IO[bytes]]:
     if source.is_dir() and root.resolve().is_relative_to(source.resolve()):
-        raise PackError(f"{source} contains the package storage {root}, so it would be packed into itself")
+        raise PackError(
+            f"{source} contains the package storage {root}, so it would be packed into itself", is_final=True
+        )
     try:
         temporary.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         remove_abandoned(root)
-        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        file = _create_locked(temporary)
     except OSError as error:
         raise PackError(_describe(error)) from error
-    with open(descriptor, "r+b", buffering=0) as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with file:
         yield file
+
+
+def _create_locked(path: Path) -> IO[bytes]:
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        file = open(descriptor, "r+b", buffering=0)  # noqa: SIM115
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if os.fstat(descriptor).st_nlink:
+            return file
+        # Before it was locked, somebody took it for abandoned.
+        file.close()
 
 
 def _fill(source: Path, file: IO[bytes], progress: Progress) -> tuple[int, str]:
@@ -212,12 +244,17 @@ def _check_package(source: Path, file: IO[bytes]) -> None:
             while content.read(_COPY_BYTES):
                 pass
     except (tarfile.TarError, EOFError, zlib.error, isal_zlib.error) as error:  # type: ignore[misc]
-        raise PackError(f"{source} is no sound .tar.gz: {error}") from error
+        raise _unsound(source, error) from error
     except OSError as error:
         # gzip.BadGzipFile is an OSError without an errno.
         if error.errno is None:
-            raise PackError(f"{source} is no sound .tar.gz: {error}") from error
+            raise _unsound(source, error) from error
         raise
+
+
+def _unsound(source: Path, error: Exception) -> PackError:
+    message = f"{source} is no sound .tar.gz: {error}"
+    return PackError(message, is_final=True, public="Its source is no sound .tar.gz")
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -234,7 +271,11 @@ def _examine(path: Path) -> os.stat_result:
     status = path.lstat()
     mode = status.st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISLNK(mode)):
-        raise PackError(f"{path} is neither a file, a folder nor a symbolic link, and cannot be packed")
+        raise PackError(
+            f"{path} is neither a file, a folder nor a symbolic link, and cannot be packed",
+            is_final=True,
+            public="Its source holds something that cannot be packed, such as a device",
+        )
     return status
 
 

@@ -205,3 +205,63 @@ async def test_a_session_whose_connection_dies_is_unavailable_and_repeats_nothin
             await session.fetch_all("INSERT INTO gate VALUES (1)")
     assert query(dsn, "SELECT count(*) FROM gate") == [(0,)]
     assert await database.fetch_one("SELECT 1") == (1,)
+
+
+@pytest.mark.parametrize("answer", ["rows", "a closed connection"])
+async def test_a_cancellation_that_the_driver_swallows_comes_through(
+    database: Database, monkeypatch: pytest.MonkeyPatch, answer: str
+) -> None:
+    """As Python 3.11's wait_for does where answer and cancellation come together, once in a hundred times."""
+    started = asyncio.Event()
+
+    async def swallow(*_: object) -> list[tuple[object, ...]]:
+        started.set()
+        try:
+            await asyncio.sleep(30)
+        except asyncio.CancelledError:
+            if answer == "rows":
+                return [(1,)]
+            raise psycopg2.InterfaceError("connection already closed") from None
+        return []
+
+    async def work() -> None:
+        while True:
+            await database.fetch_all("SELECT 1")
+
+    monkeypatch.setattr("exportd.db.pool._execute", swallow)
+    task = asyncio.create_task(work())
+    await started.wait()
+    task.cancel()
+    await asyncio.wait([task], timeout=10)
+    assert task.cancelled()
+
+
+async def test_who_was_cancelled_may_still_put_things_in_order(database: Database) -> None:
+    started = asyncio.Event()
+    found: list[object] = []
+
+    async def work() -> None:
+        try:
+            started.set()
+            await asyncio.sleep(30)
+        except asyncio.CancelledError:
+            found.append(await database.fetch_one("SELECT 1"))
+            raise
+
+    task = asyncio.create_task(work())
+    await started.wait()
+    task.cancel()
+    await asyncio.wait([task])
+    assert found == [(1,)]
+    assert task.cancelled()
+
+
+async def test_a_listener_hears_a_notification_and_waits_no_longer_than_asked(
+    database: Database, dsn: str
+) -> None:
+    async with database.listening("some channel") as wait:
+        waiting = asyncio.create_task(wait(30))
+        await asyncio.sleep(0)
+        query(dsn, 'NOTIFY "some channel"')
+        await waiting
+        await wait(0.01)

@@ -1,0 +1,187 @@
+"""Jobs that a packer makes packages of, in SQL.
+
+A packer holds one job at a time: ``packer_id`` says whose it is, ``packer_seen_at`` that the packer lives.
+One that has not been heard of for a minute has lost its job to whoever takes it.
+"""
+
+from dataclasses import dataclass
+from uuid import UUID
+
+from exportd.db.pool import Database, Session
+
+# Sent twice, it takes one job: a packer that holds one takes no other.
+TAKE_JOB = """
+UPDATE export_jobs
+   SET status = 'processing',
+       packer_id = %(packer_id)s,
+       packer_seen_at = now(),
+       pack_attempts = pack_attempts + 1,
+       pack_percent = 0,
+       pack_due_at = NULL,
+       failure_reason = NULL
+ WHERE job_id = (
+       SELECT job_id
+         FROM export_jobs
+        WHERE pack_source IS NOT NULL
+          AND completed_at IS NULL
+          AND (status::text = 'pending' AND (pack_due_at IS NULL OR pack_due_at <= now())
+               OR status::text = 'processing' AND packer_seen_at < now() - make_interval(secs => 60))
+        ORDER BY created_at, job_id
+        LIMIT 1
+          FOR UPDATE SKIP LOCKED
+       )
+   AND NOT EXISTS (SELECT FROM export_jobs WHERE packer_id = %(packer_id)s AND completed_at IS NULL
+                                             AND pack_source IS NOT NULL AND status::text = 'processing')
+"""
+
+_FIND_OWN = """
+SELECT job_id, pack_source, pack_attempts
+  FROM export_jobs
+ WHERE packer_id = %s AND completed_at IS NULL AND pack_source IS NOT NULL AND status::text = 'processing'
+ ORDER BY created_at, job_id
+ LIMIT 1
+"""
+
+_NOTE_PROGRESS = """
+UPDATE export_jobs
+   SET pack_percent = %(percent)s, packer_seen_at = now()
+ WHERE job_id = %(job_id)s AND packer_id = %(packer_id)s AND status::text = 'processing'
+RETURNING job_id
+"""
+_LOCK_OWN = """
+SELECT job_id
+  FROM export_jobs
+ WHERE job_id = %(job_id)s AND packer_id = %(packer_id)s AND status::text = 'processing'
+   FOR UPDATE
+"""
+# The trigger sets the expiry.
+_COMPLETE = """
+UPDATE export_jobs
+   SET status = 'completed',
+       completed_at = now(),
+       package_path = %(package_path)s,
+       package_size_bytes = %(package_size_bytes)s,
+       package_sha256 = %(package_sha256)s,
+       package_deleted_at = NULL,
+       package_suspect_since = NULL,
+       pack_percent = 100,
+       packer_id = NULL,
+       packer_seen_at = NULL
+ WHERE job_id = %(job_id)s AND packer_id = %(packer_id)s AND status::text = 'processing'
+"""
+_RETRY = """
+UPDATE export_jobs
+   SET status = 'pending', pack_percent = NULL, packer_id = NULL, packer_seen_at = NULL,
+       pack_due_at = now() + make_interval(secs => %(delay_seconds)s)
+ WHERE job_id = %(job_id)s AND packer_id = %(packer_id)s AND status::text = 'processing'
+"""
+_GIVE_UP = """
+UPDATE export_jobs
+   SET status = 'failed', failure_reason = %(reason)s, packer_id = NULL, packer_seen_at = NULL
+ WHERE job_id = %(job_id)s AND packer_id = %(packer_id)s AND status::text = 'processing'
+"""
+_GIVE_BACK = """
+UPDATE export_jobs
+   SET status = 'pending', pack_percent = NULL, packer_id = NULL, packer_seen_at = NULL,
+       pack_attempts = greatest(pack_attempts - 1, 0)
+ WHERE job_id = %(job_id)s AND packer_id = %(packer_id)s AND status::text = 'processing'
+"""
+_RELEASE_OWN = """
+UPDATE export_jobs
+   SET status = 'pending', pack_percent = NULL, packer_id = NULL, packer_seen_at = NULL
+ WHERE packer_id = %s AND completed_at IS NULL AND pack_source IS NOT NULL AND status::text = 'processing'
+"""
+_REQUEST_PACKAGE = """
+INSERT INTO export_jobs (job_id, user_id, status, tool_data, pack_source, package_retention_days)
+VALUES (%(job_id)s, %(user_id)s, 'pending', jsonb_build_object('name', %(tool_name)s::text), %(source)s,
+        %(retention_days)s)
+ON CONFLICT (job_id) DO NOTHING
+"""
+
+CHANNEL = "export_requested"
+
+
+@dataclass(frozen=True, slots=True)
+class PackingJob:
+    """A job that a packer holds. ``attempt`` begins with 1."""
+
+    job_id: UUID
+    source: str
+    attempt: int
+
+
+async def take_job(database: Database, packer_id: UUID) -> PackingJob | None:
+    """The job that the packer holds; if none, it takes the oldest that waits. None: nothing waits.
+
+    Raises DatabaseUnavailable and DatabaseRefused.
+    """
+    await database.fetch_all(TAKE_JOB, {"packer_id": packer_id})
+    row = await database.fetch_one(_FIND_OWN, (packer_id,))
+    return PackingJob(*row) if row else None
+
+
+async def release_jobs(database: Database, packer_id: UUID) -> None:
+    """What the packer held when it was killed waits again; the attempt counts. Raises DatabaseUnavailable."""
+    await database.fetch_all(_RELEASE_OWN, (packer_id,))
+
+
+async def note_progress(database: Database, job: PackingJob, packer_id: UUID, percent: int) -> bool:
+    """Writes down that the packer lives and how far it is; False: the job is its no longer.
+
+    Raises DatabaseUnavailable.
+    """
+    values = {"job_id": job.job_id, "packer_id": packer_id, "percent": percent}
+    return await database.fetch_one(_NOTE_PROGRESS, values) is not None
+
+
+async def hold_job(session: Session, job: PackingJob, packer_id: UUID) -> bool:
+    """Locks the job's row until the transaction ends; False: the job is the packer's no longer."""
+    return await session.fetch_one(_LOCK_OWN, {"job_id": job.job_id, "packer_id": packer_id}) is not None
+
+
+async def complete_job(
+    session: Session, job: PackingJob, packer_id: UUID, *, path: str, size_bytes: int, sha256: str
+) -> None:
+    """The job has its package. Raises DatabaseUnavailable and DatabaseRefused."""
+    await session.fetch_all(
+        _COMPLETE,
+        {
+            "job_id": job.job_id,
+            "packer_id": packer_id,
+            "package_path": path,
+            "package_size_bytes": size_bytes,
+            "package_sha256": sha256,
+        },
+    )
+
+
+async def retry_job(database: Database, job: PackingJob, packer_id: UUID, delay_seconds: float) -> None:
+    """The job waits for another attempt. Raises DatabaseUnavailable."""
+    await database.fetch_all(
+        _RETRY, {"job_id": job.job_id, "packer_id": packer_id, "delay_seconds": delay_seconds}
+    )
+
+
+async def fail_job(database: Database, job: PackingJob, packer_id: UUID, reason: str) -> None:
+    """The job has failed; ``reason`` is for its user. Raises DatabaseUnavailable."""
+    await database.fetch_all(_GIVE_UP, {"job_id": job.job_id, "packer_id": packer_id, "reason": reason})
+
+
+async def give_back_job(database: Database, job: PackingJob, packer_id: UUID) -> None:
+    """The job waits again, as if nobody had tried. Raises DatabaseUnavailable."""
+    await database.fetch_all(_GIVE_BACK, {"job_id": job.job_id, "packer_id": packer_id})
+
+
+async def request_package(
+    database: Database, *, job_id: UUID, user_id: str, tool_name: str, source: str, retention_days: int
+) -> None:
+    """Makes a job that waits for a packer. Idempotent by ``job_id``. Raises DatabaseUnavailable."""
+    values = {
+        "job_id": job_id,
+        "user_id": user_id,
+        "tool_name": tool_name,
+        "source": source,
+        "retention_days": retention_days,
+    }
+    await database.fetch_all(_REQUEST_PACKAGE, values)
+    await database.fetch_all("SELECT pg_notify(%s, %s)", (CHANNEL, str(job_id)))
