@@ -1,5 +1,6 @@
 """Wires the rooms together; the only file that knows them all."""
 
+import contextlib
 from collections.abc import AsyncIterator, Callable
 from datetime import timedelta
 
@@ -71,24 +72,27 @@ def make_app(settings: Settings, dsn: str) -> web.Application:
             yield
 
     async def resources(app: web.Application) -> AsyncIterator[None]:
-        database = app[DATABASE] = await connect(settings, dsn)
-        app[JOBS] = JobFinder(database)
-        ledger = app[LEDGER] = await open_ledger(database, settings.data_dir / "ledger", noted.events_flushed)
-        app[STORE] = await open_storage(settings, database)
-        if (last := await last_cleanup(database)) is not None:
-            noted.cleanup_was_finished(last[1])
-
-        def note_cleanup(done: CleanupSummary) -> None:
-            noted.cleanup_finished(
-                done.packages_deleted, done.packages_failed, done.packages_waiting, done.bytes_freed
+        async with contextlib.AsyncExitStack() as stack:
+            database = app[DATABASE] = await connect(settings, dsn)
+            stack.push_async_callback(database.close)
+            app[STORE] = await open_storage(settings, database)
+            app[JOBS] = JobFinder(database)
+            ledger = await open_ledger(database, settings.data_dir / "ledger", noted.events_flushed)
+            stack.push_async_callback(ledger.close)
+            app[LEDGER] = ledger
+            if (last := await last_cleanup(database)) is not None:
+                noted.cleanup_was_finished(last[1])
+            cleanup = make_cleanup(settings, database, note_cleanup)
+            retention = settings.retention
+            await stack.enter_async_context(
+                on_schedule(retention.cleanup_schedule, retention.timezone, cleanup.run_scheduled)
             )
-
-        cleanup = make_cleanup(settings, database, note_cleanup)
-        retention = settings.retention
-        async with on_schedule(retention.cleanup_schedule, retention.timezone, cleanup.run_scheduled):
             yield
-        await ledger.close()
-        await database.close()
+
+    def note_cleanup(done: CleanupSummary) -> None:
+        noted.cleanup_finished(
+            done.packages_deleted, done.packages_failed, done.packages_waiting, done.bytes_freed
+        )
 
     app.cleanup_ctx.extend([resources, measure])
     if remote is not None:
