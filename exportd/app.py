@@ -19,7 +19,9 @@ from exportd.api.download import (
     STORE,
     download_package,
 )
+from exportd.api.events import job_events, watch_jobs
 from exportd.api.health import healthz, readyz
+from exportd.api.jobs import export_job_again, list_export_jobs, show_export_job
 from exportd.api.lifecycle import Lifecycle
 from exportd.api.metrics import count_answer, measure, metrics
 from exportd.api.middleware import LIFECYCLE, METRICS, edge, set_common_headers
@@ -94,13 +96,18 @@ def make_app(settings: Settings, dsn: str) -> web.Application:
             done.packages_deleted, done.packages_failed, done.packages_waiting, done.bytes_freed
         )
 
-    app.cleanup_ctx.extend([resources, measure])
+    app.cleanup_ctx.extend([resources, measure, watch_jobs])
     if remote is not None:
         app.cleanup_ctx.append(provider_keys)
     app.on_response_prepare.append(count_answer)
     app.on_response_prepare.append(set_common_headers)
     # Metrics tell routes apart by their names. Any id at all, so that one that is no UUID is told so.
-    jobs = f"{settings.server.base_path}/export-jobs/{{job_id:[^/]+}}"
+    jobs = f"{settings.server.base_path}/export-jobs"
+    app.router.add_get(jobs, list_export_jobs, name="jobs")
+    jobs += "/{job_id:[^/]+}"
+    app.router.add_get(jobs, show_export_job, name="job")
+    app.router.add_get(f"{jobs}/events", job_events, name="events", allow_head=False)
+    app.router.add_post(f"{jobs}/re-export", export_job_again, name="re_export")
     app.router.add_get(f"{jobs}/download", download_package, name="download")
     app.router.add_get(f"{jobs}/download-stats", download_statistics, name="statistics")
     app.router.add_get("/healthz", healthz, name="healthz")

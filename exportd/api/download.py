@@ -94,7 +94,7 @@ async def download_package(request: web.Request) -> web.StreamResponse:
 
 
 async def _check_permission(request: web.Request, principal: Principal, job: Job) -> None:
-    match decide_download(principal, job, job.read_at, request.app[RESUME_GRACE]):
+    match decide_download(principal, job, request.app[RESUME_GRACE]):
         case Decision.UNAUTHORIZED:
             raise refuse(request, job.user_id)
         case Decision.NOT_READY:

@@ -32,6 +32,12 @@ class InvalidJobId(ApiError):
     status, code = HTTPStatus.BAD_REQUEST, "INVALID_JOB_ID"
 
 
+class InvalidParameter(ApiError):
+    """A parameter of the query is not valid"""
+
+    status, code = HTTPStatus.BAD_REQUEST, "INVALID_PARAMETER"
+
+
 class Unauthenticated(ApiError):
     """A valid bearer token is needed"""
 
@@ -66,6 +72,24 @@ class FileNotFound(ApiError):
     """The package's file is not there"""
 
     status, code = HTTPStatus.NOT_FOUND, "FILE_NOT_FOUND"
+
+
+class PackageAvailable(ApiError):
+    """The package is still there"""
+
+    status, code = HTTPStatus.CONFLICT, "PACKAGE_AVAILABLE"
+
+
+class ExportInProgress(ApiError):
+    """The export is under way"""
+
+    status, code = HTTPStatus.CONFLICT, "EXPORT_IN_PROGRESS"
+
+
+class ReExportUnsupported(ApiError):
+    """Exports cannot be asked for again here"""
+
+    status, code = HTTPStatus.NOT_IMPLEMENTED, "RE_EXPORT_UNSUPPORTED"
 
 
 class PreconditionFailed(ApiError):

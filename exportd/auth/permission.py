@@ -5,7 +5,8 @@ exists.
 """
 
 import enum
-from datetime import datetime, timedelta
+from datetime import timedelta
+from typing import Literal
 
 from exportd.auth.principal import Principal
 from exportd.db.rows import Job
@@ -28,22 +29,34 @@ def may_see(principal: Principal, creator: str) -> bool:
     return principal.is_admin or principal.user_id == creator
 
 
-def decide_download(principal: Principal, job: Job, now: datetime, grace: timedelta) -> Decision:
-    """Whether a principal may download the job's package at ``now``, by the database's clock.
+def package_state(job: Job) -> Literal["available", "expired", "deleted", "suspect"] | None:
+    """What became of a completed job's package, at the time the job was read; None: there is none yet."""
+    if job.status != "completed":
+        return None
+    # The cleanup sets the path of a deleted package to null.
+    if job.package_path is None:
+        return "deleted"
+    if job.package_expires_at is not None and job.read_at >= job.package_expires_at:
+        return "expired"
+    return "suspect" if job.is_suspect else "available"
+
+
+def decide_download(principal: Principal, job: Job, grace: timedelta) -> Decision:
+    """Whether a principal may download the job's package, by the database's clock when the job was read.
 
     ``grace`` is how long after the expiry a download may be resumed that began before.
     """
     if not may_see(principal, job.user_id):
         return Decision.UNAUTHORIZED
-    if job.status != "completed":
-        return Decision.NOT_READY
-    # The cleanup sets the path of a deleted package to null.
-    if job.package_path is None:
-        return Decision.EXPIRED
-    expires_at = job.package_expires_at
-    if expires_at is not None and now >= expires_at + grace:
-        return Decision.EXPIRED
-    is_expired = expires_at is not None and now >= expires_at
-    if job.is_suspect:
-        return Decision.EXPIRED if is_expired else Decision.SUSPECT
-    return Decision.RESUMABLE if is_expired else Decision.ALLOWED
+    match package_state(job):
+        case None:
+            return Decision.NOT_READY
+        case "available":
+            return Decision.ALLOWED
+        case "suspect":
+            return Decision.SUSPECT
+        case "expired" if not job.is_suspect and job.package_expires_at is not None:
+            is_over = job.read_at >= job.package_expires_at + grace
+            return Decision.EXPIRED if is_over else Decision.RESUMABLE
+        case _:
+            return Decision.EXPIRED

@@ -77,7 +77,7 @@ class Tokens:
         self._local = (*([] if secret is None else [secret_key(secret)]), *keys)
         self._remote = remote
         self._remote_version = 0
-        self._verified: dict[str, tuple[float, Principal]] = {}
+        self._verified: dict[str, Principal] = {}
 
     async def verify(self, token: str) -> Principal:
         """The principal a token was issued to. Raises InvalidToken and KeysUnavailable.
@@ -89,16 +89,16 @@ class Tokens:
             self._remote_version = self._remote.version
             self._verified.clear()
         known = self._verified.get(token)
-        if known is not None and time.time() < known[0]:
-            return known[1]
+        if known is not None and time.time() < known.expires_at:
+            return known
         try:
-            expires_at, principal = self._verify(token)
+            principal = self._verify(token)
         except _UnknownKey:
             if self._remote is None:
                 raise
             await self._remote.refresh()
             try:
-                expires_at, principal = self._verify(token)
+                principal = self._verify(token)
             except _UnknownKey as error:
                 if self._remote.is_current:
                     raise
@@ -106,11 +106,10 @@ class Tokens:
         if len(self._verified) >= _MOST_REMEMBERED:
             # Dictionaries keep their order: the one remembered longest goes.
             del self._verified[next(iter(self._verified))]
-        self._verified[token] = (expires_at, principal)
+        self._verified[token] = principal
         return principal
 
-    def _verify(self, token: str) -> tuple[float, Principal]:
-        """When the token stops being good, in seconds since the epoch, and its principal."""
+    def _verify(self, token: str) -> Principal:
         if len(token) > _LONGEST_TOKEN:
             raise InvalidToken("too long")
         try:
@@ -126,7 +125,8 @@ class Tokens:
             raise InvalidToken(f"claim {self._claims.user!r} holds no user id")
         role = _find_claim(claims, self._claims.role)
         is_admin = self._claims.admin_role in (role if isinstance(role, list) else [role])
-        return float(claims["exp"]) + self._claims.leeway_seconds, Principal(user_id, is_admin)
+        expires_at = float(claims["exp"]) + self._claims.leeway_seconds
+        return Principal(user_id, is_admin, expires_at)
 
     def _verified_claims(self, token: str, header: dict[str, Any]) -> dict[str, Any]:
         algorithm, key_id = header.get("alg"), header.get("kid")

@@ -55,11 +55,11 @@ def job(**changes: object) -> Job:
     ],
 )
 def test_decision(principal: Principal, changes: dict[str, object], decision: Decision) -> None:
-    assert decide_download(principal, job(**changes), NOW, GRACE) is decision
+    assert decide_download(principal, job(**changes), GRACE) is decision
 
 
 def test_without_grace_nothing_is_resumed() -> None:
-    assert decide_download(CREATOR, job(package_expires_at=NOW), NOW, timedelta()) is Decision.EXPIRED
+    assert decide_download(CREATOR, job(package_expires_at=NOW), timedelta()) is Decision.EXPIRED
 
 
 def test_may_see_compares_ids_exactly() -> None:

@@ -1,0 +1,178 @@
+"""A job's state as it changes, as server-sent events.
+
+Each event carries the whole present state, so that a reader who is slow, or comes again, needs no history.
+One hub in each process looks once a second at all jobs that somebody watches, whatever their number.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import time
+from collections.abc import AsyncIterator, Iterator
+from uuid import UUID
+
+import orjson
+import structlog
+from aiohttp import web
+
+from exportd.api.access import authenticate, refuse, requested_job_id
+from exportd.api.download import DATABASE
+from exportd.api.errors import JobNotFound
+from exportd.api.jobs import describe_job
+from exportd.api.middleware import LIFECYCLE
+from exportd.auth.permission import may_see
+from exportd.db.job_details import (
+    JobDetails,
+    RunningDownload,
+    find_details,
+    find_running_downloads,
+)
+from exportd.db.pool import Database, DatabaseRefused, DatabaseUnavailable
+
+log = structlog.get_logger()
+
+_LOOK_SECONDS = 1.0
+_HEARTBEAT_SECONDS = 15.0
+_PATIENCE_SECONDS = 10.0
+_RETRY_MILLISECONDS = 2000
+
+
+class Watch:
+    """One reader's view of a job: the latest that the hub saw."""
+
+    def __init__(self, job_id: UUID) -> None:
+        self.job_id = job_id
+        self.details: JobDetails | None = None
+        self.downloads: list[RunningDownload] = []
+        self.changed = asyncio.Event()
+
+
+class JobHub:
+    """Looks at the jobs that are watched. Idle while none is."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._watches: set[Watch] = set()
+        self._is_watched = asyncio.Event()
+
+    @contextlib.contextmanager
+    def watch(self, job_id: UUID) -> Iterator[Watch]:
+        """A view of the job that is kept up to date while the block lasts."""
+        watch = Watch(job_id)
+        self._watches.add(watch)
+        self._is_watched.set()
+        try:
+            yield watch
+        finally:
+            self._watches.discard(watch)
+            if not self._watches:
+                self._is_watched.clear()
+
+    async def run(self) -> None:
+        """Looks until it is cancelled."""
+        while True:
+            await self._is_watched.wait()
+            try:
+                await self._look()
+            except (DatabaseUnavailable, DatabaseRefused) as error:
+                # Readers keep what they have; it goes on when the database is back.
+                log.warning("job_events_delayed", error=str(error))
+            await asyncio.sleep(_LOOK_SECONDS)
+
+    async def _look(self) -> None:
+        watched = list({watch.job_id for watch in self._watches})
+        found = await find_details(self._database, watched)
+        downloads = await find_running_downloads(self._database, watched)
+        for watch in self._watches:
+            if watch.job_id in watched:
+                watch.details = found.get(watch.job_id)
+                watch.downloads = [item for item in downloads if item.job_id == watch.job_id]
+                watch.changed.set()
+
+
+HUB = web.AppKey("job_hub", JobHub)
+
+
+async def watch_jobs(app: web.Application) -> AsyncIterator[None]:
+    """Runs the hub while the application runs. Needs the database."""
+    app[HUB] = JobHub(app[DATABASE])
+    task = asyncio.create_task(app[HUB].run())
+    yield
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+async def job_events(request: web.Request) -> web.StreamResponse:
+    """A job's state now and at each change, for its creator or an admin.
+
+    The stream ends with the token, at a drain, when the job is gone, and where the reader takes nothing.
+    """
+    job_id = requested_job_id(request)
+    principal = await authenticate(request)
+    details = (await find_details(request.app[DATABASE], [job_id])).get(job_id)
+    if details is None:
+        raise JobNotFound
+    if not may_see(principal, details.job.user_id):
+        raise refuse(request, details.job.user_id)
+    response = web.StreamResponse(
+        headers={
+            "Content-Type": "text/event-stream",
+            "Cache-Control": "no-store",
+            "X-Accel-Buffering": "no",
+        }
+    )
+    response.force_close()
+    await response.prepare(request)
+    with request.app[HUB].watch(job_id) as watch:
+        watch.details = details
+        with contextlib.suppress(ConnectionResetError):
+            await _send_changes(request, response, watch, principal.user_id, principal.expires_at)
+    return response
+
+
+async def _send_changes(
+    request: web.Request, response: web.StreamResponse, watch: Watch, user_id: str, expires_at: float
+) -> None:
+    lifecycle = request.app[LIFECYCLE]
+    last_id = request.headers.get("Last-Event-ID")
+    await response.write(f"retry: {_RETRY_MILLISECONDS}\n\n".encode())
+    written_at = time.monotonic()
+    while watch.details is not None and not lifecycle.is_draining and time.time() < expires_at:
+        state = orjson.dumps(_describe(watch.details, watch.downloads, user_id))
+        state_id = hashlib.sha256(state).hexdigest()[:16]
+        line = None
+        if state_id != last_id:
+            line = b"event: job\nid: %b\ndata: %b\n\n" % (state_id.encode(), state)
+        elif time.monotonic() - written_at >= _HEARTBEAT_SECONDS:
+            line = b": still here\n\n"
+        if line is not None:
+            try:
+                async with asyncio.timeout(_PATIENCE_SECONDS):
+                    await response.write(line)
+            except TimeoutError:
+                log.info("job_events_reader_dropped")
+                if request.transport is not None:
+                    request.transport.abort()
+                return
+            last_id, written_at = state_id, time.monotonic()
+        elif request.transport is None or request.transport.is_closing():
+            return
+        watch.changed.clear()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LOOK_SECONDS):
+                await watch.changed.wait()
+
+
+def _describe(details: JobDetails, downloads: list[RunningDownload], user_id: str) -> dict[str, object]:
+    return describe_job(details) | {
+        "downloads": [
+            {
+                "downloadId": item.event_id,
+                "startedAt": item.started_at,
+                "bytesRequested": item.bytes_requested,
+                "bytesAcknowledged": item.bytes_acknowledged,
+            }
+            for item in downloads
+            if item.user_id == user_id
+        ]
+    }

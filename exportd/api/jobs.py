@@ -1,0 +1,184 @@
+"""Jobs as their creators and admins see them: the list, one of them, and asking for an export again."""
+
+import base64
+import binascii
+import uuid
+from datetime import datetime
+from uuid import UUID
+
+import orjson
+import structlog
+from aiohttp import web
+
+from exportd.api.access import authenticate, refuse, requested_job_id
+from exportd.api.download import DATABASE, STORE
+from exportd.api.errors import (
+    ExportInProgress,
+    InvalidParameter,
+    JobNotFound,
+    PackageAvailable,
+    ReExportUnsupported,
+)
+from exportd.auth.permission import may_see, package_state
+from exportd.db.job_details import (
+    STATUSES,
+    JobDetails,
+    export_again,
+    find_details,
+    list_jobs,
+    lock_details,
+)
+from exportd.db.pool import DatabaseRefused, Session
+from exportd.http.sizes import format_size
+from exportd.packages.store import PackageMissing, PackageStore, PackageUnusable
+
+log = structlog.get_logger()
+
+_PAGE_SIZE = 20
+_LARGEST_PAGE = 100
+
+
+async def list_export_jobs(request: web.Request) -> web.Response:
+    """The caller's jobs, newest first; for an admin, everybody's."""
+    principal = await authenticate(request)
+    limit = _limit(request.query.get("limit"))
+    found = await list_jobs(
+        request.app[DATABASE],
+        user_id=None if principal.is_admin else principal.user_id,
+        status=_status(request.query.get("status")),
+        before=_parse_cursor(request.query.get("cursor")),
+        # One more tells whether there is another page.
+        limit=limit + 1,
+    )
+    page = found[:limit]
+    cursor = _cursor(page[-1]) if len(found) > limit else None
+    return _answer({"jobs": [describe_job(details) for details in page], "nextCursor": cursor})
+
+
+async def show_export_job(request: web.Request) -> web.Response:
+    """One job, for its creator or an admin."""
+    job_id = requested_job_id(request)
+    principal = await authenticate(request)
+    details = (await find_details(request.app[DATABASE], [job_id])).get(job_id)
+    if details is None:
+        raise JobNotFound
+    if not may_see(principal, details.job.user_id):
+        raise refuse(request, details.job.user_id)
+    return _answer(describe_job(details))
+
+
+async def export_job_again(request: web.Request) -> web.Response:
+    """Asks for the export of a job whose package is gone again, for its creator or an admin."""
+    job_id = requested_job_id(request)
+    principal = await authenticate(request)
+    try:
+        # The old job's row is held, so that of two who ask at once one makes the job and the other sees it.
+        async with request.app[DATABASE].session() as session, session.transaction():
+            details = await lock_details(session, job_id)
+            if details is None:
+                raise JobNotFound
+            if not may_see(principal, details.job.user_id):
+                raise refuse(request, details.job.user_id)
+            await _check_gone(session, details, request.app[STORE])
+            made = await export_again(session, job_id, uuid.uuid4())
+    except DatabaseRefused as error:
+        log.error("re_export_refused", error=str(error))
+        raise ReExportUnsupported from error
+    log.info("re_export_requested", new_job_id=str(made.job.job_id))
+    path = request.path.removesuffix(f"{request.match_info['job_id']}/re-export")
+    return _answer(describe_job(made), status=202, headers={"Location": f"{path}{made.job.job_id}"})
+
+
+async def _check_gone(session: Session, details: JobDetails, store: PackageStore) -> None:
+    """Raises where the job, or the newest that exports it again, is under way or has its package still."""
+    looked_at = [details]
+    if details.re_exported_as and (newest := await lock_details(session, details.re_exported_as)):
+        looked_at.insert(0, newest)
+    for present in looked_at:
+        named: dict[str, object] = {"jobId": present.job.job_id}
+        if present.job.status not in ("completed", "failed"):
+            raise ExportInProgress(extra=named)
+        if package_state(present.job) == "available" and _is_there(store, present):
+            raise PackageAvailable(extra=named)
+
+
+def _is_there(store: PackageStore, details: JobDetails) -> bool:
+    assert details.job.package_path is not None
+    try:
+        with store.open(details.job.package_path, details.job.package_size_bytes):
+            return True
+    except (PackageMissing, PackageUnusable):
+        return False
+
+
+def describe_job(details: JobDetails) -> dict[str, object]:
+    """A job's JSON document."""
+    job = details.job
+    state = package_state(job)
+    return {
+        "jobId": job.job_id,
+        "userId": job.user_id,
+        "tool": job.tool_name,
+        "status": job.status,
+        "percent": details.percent,
+        "failureReason": details.failure_reason,
+        "createdAt": details.created_at,
+        "completedAt": job.completed_at,
+        "downloadCount": details.download_count,
+        "lastDownloadedAt": details.last_downloaded_at,
+        "reExportOf": details.re_export_of,
+        "reExportedAs": details.re_exported_as,
+        "package": state
+        and {
+            "state": state,
+            "sizeBytes": job.package_size_bytes,
+            "size": None if job.package_size_bytes is None else format_size(job.package_size_bytes),
+            "sha256": job.package_sha256,
+            "expiresAt": job.package_expires_at,
+        },
+    }
+
+
+def _answer(
+    document: dict[str, object], *, status: int = 200, headers: dict[str, str] | None = None
+) -> web.Response:
+    return web.Response(
+        status=status,
+        body=orjson.dumps(document),
+        content_type="application/json",
+        headers={"Cache-Control": "no-store", **(headers or {})},
+    )
+
+
+def _limit(text: str | None) -> int:
+    if text is None:
+        return _PAGE_SIZE
+    if not (text.isascii() and text.isdigit() and len(text) < 4 and 1 <= int(text) <= _LARGEST_PAGE):
+        raise InvalidParameter(extra={"parameter": "limit"})
+    return int(text)
+
+
+def _status(text: str | None) -> str | None:
+    if text is not None and text not in STATUSES:
+        raise InvalidParameter(extra={"parameter": "status"})
+    return text
+
+
+def _cursor(details: JobDetails) -> str:
+    assert details.created_at is not None
+    text = f"{details.created_at.isoformat()} {details.job.job_id}"
+    return base64.urlsafe_b64encode(text.encode()).rstrip(b"=").decode()
+
+
+def _parse_cursor(text: str | None) -> tuple[datetime, UUID] | None:
+    if text is None:
+        return None
+    try:
+        decoded = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True).decode()
+        created_at, _, job_id = decoded.partition(" ")
+        before = datetime.fromisoformat(created_at)
+        if before.tzinfo is None:
+            raise ValueError("no zone")
+        return before, UUID(job_id)
+    except (ValueError, binascii.Error) as error:
+        raise InvalidParameter(extra={"parameter": "cursor"}) from error

@@ -1,0 +1,161 @@
+"""Jobs as people see them, in SQL: a list by keyset pages, one of them, and a new job for an old export."""
+
+from dataclasses import dataclass
+from datetime import datetime
+from uuid import UUID
+
+from exportd.db.packing import CHANNEL
+from exportd.db.pool import Database, Session
+from exportd.db.rows import Job
+
+_SELECT = """
+SELECT job_id,
+       user_id::text,
+       status::text,
+       coalesce(tool_data ->> 'name', tool_data ->> 'toolName', ''),
+       completed_at::timestamptz,
+       package_path::text,
+       package_size_bytes::bigint,
+       package_sha256::text,
+       package_expires_at::timestamptz,
+       package_suspect_since IS NOT NULL,
+       now(),
+       created_at::timestamptz,
+       pack_percent,
+       failure_reason,
+       coalesce(download_count, 0)::bigint,
+       last_downloaded_at::timestamptz,
+       re_export_of,
+       (SELECT newer.job_id
+          FROM export_jobs AS newer
+         WHERE newer.re_export_of = job.job_id
+         ORDER BY newer.created_at DESC NULLS LAST, newer.job_id DESC
+         LIMIT 1)
+  FROM export_jobs AS job
+"""
+FIND_JOBS = _SELECT + " WHERE job_id = ANY (%s::uuid[])"
+_LOCK_JOB = "SELECT FROM export_jobs WHERE job_id = %s FOR UPDATE"
+# A job without a time of creation, in an application's own table, has no place in the order.
+_PAGE = """
+   AND (job.created_at, job.job_id) < (%(created_at)s, %(job_id)s)
+ ORDER BY job.created_at DESC, job.job_id DESC
+ LIMIT %(limit)s
+"""
+LIST_ALL = _SELECT + " WHERE true" + _PAGE
+LIST_BY_STATUS = _SELECT + " WHERE status::text = %(status)s" + _PAGE
+LIST_BY_USER = _SELECT + " WHERE user_id::text = %(user_id)s" + _PAGE
+LIST_BY_USER_AND_STATUS = _SELECT + " WHERE user_id::text = %(user_id)s AND status::text = %(status)s" + _PAGE
+
+_EXPORT_AGAIN = """
+INSERT INTO export_jobs (
+    job_id, user_id, status, tool_data, created_at, package_retention_days, pack_source, re_export_of
+)
+SELECT %s, user_id, 'pending', tool_data, now(), package_retention_days, pack_source, job_id
+  FROM export_jobs
+ WHERE job_id = %s
+"""
+
+# By the index of what runs, which is small however many deliveries there were.
+FIND_RUNNING_DOWNLOADS = """
+SELECT event_id, job_id, user_id, started_at,
+       (SELECT sum(upper(part) - lower(part)) FROM unnest(requested) AS part)::bigint,
+       bytes_acknowledged
+  FROM download_events
+ WHERE outcome = 'running' AND job_id = ANY (%s::uuid[])
+ ORDER BY started_at
+"""
+
+STATUSES = ("pending", "processing", "completed", "failed")
+
+
+@dataclass(frozen=True, slots=True)
+class JobDetails:
+    """A job with its history. ``re_exported_as`` is the newest job that exports this one again."""
+
+    job: Job
+    created_at: datetime | None
+    percent: int | None
+    failure_reason: str | None
+    download_count: int
+    last_downloaded_at: datetime | None
+    re_export_of: UUID | None
+    re_exported_as: UUID | None
+
+
+@dataclass(frozen=True, slots=True)
+class RunningDownload:
+    """A delivery under way, as of its last checkpoint."""
+
+    event_id: UUID
+    job_id: UUID
+    user_id: str
+    started_at: datetime
+    bytes_requested: int
+    bytes_acknowledged: int
+
+
+async def find_details(database: Database, job_ids: list[UUID]) -> dict[UUID, JobDetails]:
+    """The jobs of those ids that exist. Raises DatabaseUnavailable."""
+    rows = await database.fetch_all(FIND_JOBS, (job_ids,))
+    return {row[0]: _details(row) for row in rows}
+
+
+async def list_jobs(
+    database: Database,
+    *,
+    user_id: str | None,
+    status: str | None,
+    before: tuple[datetime, UUID] | None,
+    limit: int,
+) -> list[JobDetails]:
+    """The newest jobs, of a user if one is named, created before a time and id.
+
+    Raises DatabaseUnavailable.
+    """
+    match user_id, status:
+        case None, None:
+            statement = LIST_ALL
+        case None, _:
+            statement = LIST_BY_STATUS
+        case _, None:
+            statement = LIST_BY_USER
+        case _:
+            statement = LIST_BY_USER_AND_STATUS
+    created_at, job_id = before or ("infinity", UUID(int=0))
+    values = {
+        "user_id": user_id,
+        "status": status,
+        "created_at": created_at,
+        "job_id": job_id,
+        "limit": limit,
+    }
+    return [_details(row) for row in await database.fetch_all(statement, values)]
+
+
+async def find_running_downloads(database: Database, job_ids: list[UUID]) -> list[RunningDownload]:
+    """The deliveries under way of those jobs, oldest first. Raises DatabaseUnavailable."""
+    rows = await database.fetch_all(FIND_RUNNING_DOWNLOADS, (job_ids,))
+    return [RunningDownload(*row) for row in rows]
+
+
+async def lock_details(session: Session, job_id: UUID) -> JobDetails | None:
+    """The job, held until the session's transaction ends. Raises DatabaseUnavailable."""
+    await session.fetch_all(_LOCK_JOB, (job_id,))
+    # A statement of its own: one that waits for a lock sees the rest as it was before.
+    row = await session.fetch_one(FIND_JOBS, ([job_id],))
+    return _details(row) if row else None
+
+
+async def export_again(session: Session, job_id: UUID, new_id: UUID) -> JobDetails:
+    """Makes a job that exports the same again, and notifies whoever makes packages.
+
+    Raises DatabaseUnavailable, and DatabaseRefused where the application's own table wants more.
+    """
+    await session.fetch_all(_EXPORT_AGAIN, (new_id, job_id))
+    await session.fetch_all("SELECT pg_notify(%s, %s)", (CHANNEL, str(new_id)))
+    rows = await session.fetch_all(FIND_JOBS, ([new_id],))
+    return _details(rows[0])
+
+
+def _details(row: tuple[object, ...]) -> JobDetails:
+    return JobDetails(Job(*row[:11]), *row[11:])  # type: ignore[arg-type]
