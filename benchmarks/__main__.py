@@ -11,7 +11,7 @@ import time
 from functools import partial
 from typing import NoReturn
 
-from benchmarks import cold, large, many, pacing, small, soak
+from benchmarks import cleanup, cold, large, many, pacing, small, soak
 from benchmarks.harness import BenchmarkBroken, open_bench
 from benchmarks.load import ClientMissing, LoadFailed
 from benchmarks.report import Section, save
@@ -22,6 +22,7 @@ BENCHMARKS = {
     "many": many.run,
     "cold": cold.run,
     "pacing": pacing.run,
+    "cleanup": cleanup.run,
 }
 
 

@@ -37,9 +37,11 @@ from exportd.packages.store import PackageMissing, PackageStore, PackageUnusable
 log = structlog.get_logger()
 
 _LOCK = "exportd cleanup"
-_BATCH = 100
+_BATCH = 50
 # A batch holds its rows' locks, and the ledger writes to those rows.
 _BATCH_SECONDS = 0.5
+# How much longer than a batch the pause after it is.
+_REST = 2.0
 # How much the clocks of this machine and the database may differ, for which scheduled run this is.
 _CLOCK_TOLERANCE = timedelta(seconds=5)
 _MOST_NAMES = 100
@@ -147,12 +149,15 @@ class Cleanup:
     async def _delete_packages(self, session: Session, summary: CleanupSummary) -> None:
         last: ExpiredPackage | None = None
         while True:
+            started = time.monotonic()
             async with session.transaction():
                 packages = await take_expired(session, last, _BATCH, self.grace, lock=True)
                 if not packages:
                     return
                 last, deleted = await asyncio.to_thread(self._unlink, packages, summary)
                 await mark_deleted(session, deleted)
+            # Downloads need the disk, the database and the processor too, and nobody waits for this.
+            await asyncio.sleep(_REST * (time.monotonic() - started))
 
     def _unlink(
         self, packages: list[ExpiredPackage], summary: CleanupSummary
