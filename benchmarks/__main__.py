@@ -1,4 +1,5 @@
-"""exportd beside its peers: ``python -m benchmarks [NAME] [--quick]``; ``soak`` runs only when it is named.
+"""exportd beside its peers: ``python -m benchmarks [NAME] [--quick]``; ``soak`` and ``tables`` run only
+when they are named.
 
 Results of a full run are kept in benchmarks/results/ and shown in docs/performance.md. The exit status says
 whether the benchmarks ran, not whether targets were met; a wrong byte or a wrong count is a failure.
@@ -11,7 +12,7 @@ import time
 from functools import partial
 from typing import NoReturn
 
-from benchmarks import cleanup, cold, large, many, pacing, small, soak
+from benchmarks import cleanup, cold, large, many, pacing, small, soak, tables
 from benchmarks.harness import BenchmarkBroken, open_bench
 from benchmarks.load import ClientMissing, LoadFailed
 from benchmarks.report import Section, save
@@ -30,7 +31,7 @@ def main() -> int:
     arguments = _parse_arguments()
     signal.signal(signal.SIGTERM, _exit_on_signal)
     started = time.monotonic()
-    benchmarks = BENCHMARKS | {"soak": partial(soak.run, minutes=arguments.minutes)}
+    benchmarks = BENCHMARKS | {"soak": partial(soak.run, minutes=arguments.minutes), "tables": tables.run}
     names = [arguments.name] if arguments.name else list(BENCHMARKS)
     sections = []
     try:
@@ -61,7 +62,9 @@ def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("name", nargs="?", choices=[*BENCHMARKS, "soak"], help="one benchmark; default: all")
+    parser.add_argument(
+        "name", nargs="?", choices=[*BENCHMARKS, "soak", "tables"], help="one benchmark; default: all"
+    )
     parser.add_argument(
         "--quick", action="store_true", help="small and few: shows that it runs, not how fast; keeps nothing"
     )
