@@ -84,7 +84,7 @@ _GIVE_BACK = """
 UPDATE export_jobs
    SET status = 'pending', pack_percent = NULL, packer_id = NULL, packer_seen_at = NULL,
        pack_attempts = greatest(pack_attempts - 1, 0)
- WHERE job_id = %(job_id)s AND packer_id = %(packer_id)s AND status::text = 'processing'
+ WHERE packer_id = %s AND completed_at IS NULL AND pack_source IS NOT NULL AND status::text = 'processing'
 """
 _RELEASE_OWN = """
 UPDATE export_jobs
@@ -167,9 +167,9 @@ async def fail_job(database: Database, job: PackingJob, packer_id: UUID, reason:
     await database.fetch_all(_GIVE_UP, {"job_id": job.job_id, "packer_id": packer_id, "reason": reason})
 
 
-async def give_back_job(database: Database, job: PackingJob, packer_id: UUID) -> None:
-    """The job waits again, as if nobody had tried. Raises DatabaseUnavailable."""
-    await database.fetch_all(_GIVE_BACK, {"job_id": job.job_id, "packer_id": packer_id})
+async def give_back_jobs(database: Database, packer_id: UUID) -> None:
+    """What the packer holds waits again, as if nobody had tried. Raises DatabaseUnavailable."""
+    await database.fetch_all(_GIVE_BACK, (packer_id,))
 
 
 async def request_package(

@@ -22,7 +22,7 @@ from exportd.db.packing import (
     PackingJob,
     complete_job,
     fail_job,
-    give_back_job,
+    give_back_jobs,
     hold_job,
     note_progress,
     release_jobs,
@@ -105,6 +105,8 @@ class Packer:
                     log.error("packer_without_database", error=str(error))
                     await asyncio.sleep(self._poll_seconds)
         finally:
+            with contextlib.suppress(DatabaseUnavailable, DatabaseRefused):
+                await give_back_jobs(self._database, self._id)
             log.info("packer_stopped")
 
     async def _pack_and_listen(self) -> None:
@@ -126,10 +128,6 @@ class Packer:
                 await self._complete(job, draft)
         except JobLost:
             log.warning("package_discarded", **said)
-        except asyncio.CancelledError:
-            with contextlib.suppress(DatabaseUnavailable):
-                await give_back_job(self._database, job, self._id)
-            raise
         except DatabaseUnavailable:
             raise
         except Exception as error:  # noqa: BLE001  whatever is wrong with one source, the others' turn comes

@@ -1,5 +1,6 @@
 """The packer with the real command: what it makes, and what becomes of a job whose packer dies."""
 
+import asyncio
 import hashlib
 import json
 import os
@@ -18,6 +19,9 @@ from typing import Any
 import psutil
 import pytest
 
+from exportd.db.packing import take_job
+from exportd.db.pool import open_database
+from exportd.packages import packer as packer_module
 from tests.support.application import ANN, BASE
 from tests.support.daemon import Daemon, Exportd, wait_for
 from tests.support.postgres import query
@@ -341,3 +345,35 @@ def test_a_database_that_is_away_for_a_while_costs_nothing(
     query(exportd.dsn, "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()"
                        " AND datname = current_database()")  # fmt: skip
     wait_until(exportd, ask(exportd, folder_of(exports)), "completed")
+
+
+async def test_a_packer_that_is_stopped_while_it_takes_a_job_gives_it_back(
+    exportd: Exportd, exports: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = ask(exportd, folder_of(exports))
+    database = await open_database(
+        exportd.dsn,
+        pool_min_size=1,
+        pool_max_size=3,
+        connect_timeout_seconds=5,
+        statement_timeout_seconds=5,
+    )
+    taken = asyncio.Event()
+
+    async def take_and_wait(*arguments: Any) -> None:
+        await take_job(*arguments)
+        taken.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(packer_module, "take_job", take_and_wait)
+    monkeypatch.setattr(packer_module.os, "nice", lambda _: 0)
+    packer = packer_module.Packer(
+        database, uuid.uuid4(), exportd.storage, [exports], max_attempts=3, poll_seconds=1
+    )
+    running = asyncio.create_task(packer.run())
+    await taken.wait()
+    assert state(exportd, job_id)[0] == "processing"
+    running.cancel()
+    await asyncio.wait([running])
+    assert state(exportd, job_id) == ("pending", None, 0, None, None)
+    await database.close()
