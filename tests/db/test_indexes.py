@@ -14,6 +14,7 @@ from tests.support.postgres import query
 
 register_uuid()
 JOB = uuid.UUID(int=7)
+STATISTICS = {"job_id": JOB, "bounds": [1, 2], "recent": 20}
 PAGE = {"user_id": "user-5", "status": "pending", "created_at": datetime.now(UTC), "job_id": JOB, "limit": 21}
 
 
@@ -62,7 +63,11 @@ STATEMENTS: dict[str, tuple[str, Any]] = {
     ),
     "who may resume": (_FIND_UNFINISHED, (JOB, "ann")),
     "a packer's search": (packing.TAKE_JOB, {"packer_id": JOB}),
-    "users of a job": (statistics._COUNT_USERS, {"job_id": JOB}),
+    "statistics: the job": (statistics._FIND_JOB, STATISTICS),
+    "statistics: users": (statistics._COUNT_USERS, STATISTICS),
+    "statistics: sizes": (statistics._SUM_BY_SIZE, STATISTICS),
+    "statistics: failures": (statistics._COUNT_FAILURES, STATISTICS),
+    "statistics: recent": (statistics._LIST_RECENT, STATISTICS),
     "old events": (downloads._PRUNE_EVENTS, (365, 5000)),
 }
 

@@ -276,6 +276,9 @@ async def test_who_began_before_the_expiry_may_resume_within_the_grace(
     assert await statuses(ADMIN) == (410, 410, 410)
     async with client.get(package.url, headers=ANN) as response:
         assert response.status == 410
+    summary = await Cleanup(database, PackageStore(package.file.parent), GRACE, 0).run()
+    assert summary is not None
+    assert (summary.packages_deleted, summary.packages_waiting) == (0, 1)
     async with client.get(package.url, headers=ANN | resume) as response:
         assert (response.status, await response.read()) == (206, content[500:])
     await until_idle(client)
