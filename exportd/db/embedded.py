@@ -15,6 +15,8 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
+
 # The longest path a Unix socket may have, less the terminating NUL (unix(7)).
 _LONGEST_SOCKET_PATH = 107
 
@@ -58,7 +60,8 @@ def embedded_server(data_dir: Path) -> Iterator[str]:
             if os.getpid() == owner:
                 atexit.unregister(server._cleanup)
                 pgserver.PostgresServer._instances.pop(folder, None)
-                with contextlib.suppress(BlockingIOError):
+                # Another process may use the server still, or it may be gone by itself.
+                with contextlib.suppress(BlockingIOError, psutil.NoSuchProcess):
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     server.stop()
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import psycopg2
 import pytest
 
@@ -97,3 +98,16 @@ def test_the_environment_is_left_as_it_was(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/elsewhere")
     with embedded_server(tmp_path):
         assert os.environ["XDG_RUNTIME_DIR"] == "/run/elsewhere"
+
+
+def test_a_server_that_is_gone_at_the_end_is_no_failure(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path_factory.mktemp("g")
+    with embedded_server(folder):
+        pid = int((folder / "postgres" / "postmaster.pid").read_text().split()[0])
+        process = psutil.Process(pid)
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+        # It goes between the look whether it runs and the signal.
+        monkeypatch.setattr(psutil.Process, "is_running", lambda _: True)
