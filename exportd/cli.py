@@ -463,17 +463,35 @@ def _publish(
     job_id = uuid.uuid4()
     days = retention_days or settings.retention.days
     asyncio.run(_open_storage(settings, dsn))
-    with draft_package(source, settings.storage_root, job_id, progress) as draft, _signals_deferred():
-        draft.place()
-        expires_at = asyncio.run(_record(settings, dsn, draft, job_id, user_id, tool_name, days))
-        draft.keep()
-        return {
-            "jobId": job_id,
-            "packagePath": draft.path,
-            "packageSizeBytes": draft.size_bytes,
-            "sha256": draft.sha256,
-            "expiresAt": expires_at,
-        }
+    with _signals_deferred() as handle_signals:
+
+        def report(count: int) -> None:
+            handle_signals()
+            progress(count)
+
+        with draft_package(source, settings.storage_root, job_id, report) as draft:
+            return _place(settings, dsn, draft, job_id, user_id, tool_name, days)
+
+
+def _place(
+    settings: Settings,
+    dsn: str,
+    draft: DraftPackage,
+    job_id: uuid.UUID,
+    user_id: str,
+    tool_name: str,
+    days: int,
+) -> dict[str, Any]:
+    draft.place()
+    expires_at = asyncio.run(_record(settings, dsn, draft, job_id, user_id, tool_name, days))
+    draft.keep()
+    return {
+        "jobId": job_id,
+        "packagePath": draft.path,
+        "packageSizeBytes": draft.size_bytes,
+        "sha256": draft.sha256,
+        "expiresAt": expires_at,
+    }
 
 
 async def _open_storage(settings: Settings, dsn: str) -> None:
@@ -517,14 +535,31 @@ async def _record(
 
 
 @contextlib.contextmanager
-def _signals_deferred() -> Iterator[None]:
-    """Placing and recording a package takes milliseconds and must not be cut in two."""
-    numbers = {signal.SIGINT, signal.SIGTERM}
-    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+def _signals_deferred() -> Iterator[Callable[[], None]]:
+    """Holds SIGINT and SIGTERM back while the block lasts, since they would raise anywhere: between a package
+    and its row, or amid a compressor's threads, which then wait for each other for ever.
+
+    Yields what lets one that came be handled at once; the others are when the block ends.
+    """
+    came: list[int] = []
+    handlers = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # Not those that are ignored.
+        if callable(handler := signal.getsignal(number)):
+            handlers[number] = handler
+            signal.signal(number, lambda number, _: came.append(number))
+
+    def handle() -> None:
+        if came:
+            number = signal.Signals(came.pop())
+            handlers[number](number, None)
+
     try:
-        yield
+        yield handle
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        handle()
 
 
 @contextlib.contextmanager

@@ -155,8 +155,9 @@ class Session:
 
         When the connection breaks at the end, nobody knows which.
         """
-        await self.fetch_all("BEGIN")
         try:
+            # Within: a cancellation may come together with the answer.
+            await self.fetch_all("BEGIN")
             yield
         except BaseException:
             with contextlib.suppress(DatabaseUnavailable):

@@ -85,7 +85,8 @@ def draft_package(source: Path, root: Path, job_id: UUID, progress: Progress) ->
     """Packs ``source`` for the storage at ``root``; unless the block keeps the draft, nothing of it is left.
 
     A folder is packed as ``.tar.gz``; a file must be a sound one already, and is copied. Memory is constant
-    whatever the size. ``progress`` is told the bytes read since its last call. Raises PackError.
+    whatever the size. ``progress`` is told the bytes read since its last call, and may raise to give up.
+    Raises PackError.
     """
     # Two may pack the same job, if the first was given up for dead.
     temporary = root / _INCOMING / f"{job_id}-{secrets.token_hex(4)}.part"
@@ -161,7 +162,7 @@ def _fill(source: Path, file: IO[bytes], progress: Progress) -> tuple[int, str]:
             _pack_folder(source, writer, progress)
         else:
             _copy_package(source, writer, progress)
-            _check_package(source, file)
+            _check_package(source, file, progress)
         file.flush()
         os.fsync(file.fileno())
         return os.fstat(file.fileno()).st_size, writer.sha256.hexdigest()
@@ -231,7 +232,7 @@ def _copy_package(source: Path, writer: _Writable, progress: Progress) -> None:
             writer.write(data)
 
 
-def _check_package(source: Path, file: IO[bytes]) -> None:
+def _check_package(source: Path, file: IO[bytes], progress: Progress) -> None:
     """Reads the copy to its end as gzip and as tar. Raises PackError."""
     file.seek(0)
     try:
@@ -241,8 +242,9 @@ def _check_package(source: Path, file: IO[bytes]) -> None:
         ):
             while archive.next() is not None:
                 archive.members.clear()  # type: ignore[attr-defined]
+                progress(0)
             while content.read(_COPY_BYTES):
-                pass
+                progress(0)
     except (tarfile.TarError, EOFError, zlib.error, isal_zlib.error) as error:  # type: ignore[misc]
         raise _unsound(source, error) from error
     except OSError as error:

@@ -74,6 +74,7 @@ def configure_logging(level: str, form: str, stream: TextIO, download_log: Path 
         )
     )
     logging.basicConfig(handlers=[handler], level=_LEVELS[level], force=True)
+    logging.captureWarnings(True)
     for library in _QUIET_LIBRARIES:
         logging.getLogger(library).setLevel(max(logging.WARNING, _LEVELS[level]))
 

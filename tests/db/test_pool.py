@@ -1,6 +1,7 @@
 """Connections die, servers refuse, statements hang: what the pool makes of it."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -234,6 +235,33 @@ async def test_a_cancellation_that_the_driver_swallows_comes_through(
     task.cancel()
     await asyncio.wait([task], timeout=10)
     assert task.cancelled()
+
+
+async def test_a_cancellation_that_comes_with_the_answer_to_begin_leaves_no_transaction_open(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = pool._execute
+
+    async def execute(connection: object, statement: str, *rest: object) -> object:
+        rows = await real(connection, statement, *rest)  # type: ignore[arg-type]
+        if statement == "BEGIN":
+            task = asyncio.current_task()
+            assert task is not None
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(0)
+        return rows
+
+    monkeypatch.setattr(pool, "_execute", execute)
+    async with database.session() as session:
+
+        async def begin() -> None:
+            async with session.transaction():
+                pytest.fail("it was cancelled")
+
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.create_task(begin())
+        assert session._connection.raw.get_transaction_status() == 0
 
 
 async def test_who_was_cancelled_may_still_put_things_in_order(database: Database) -> None:
