@@ -173,3 +173,21 @@ CREATE TABLE exportd_cleanup_runs (
 COMMENT ON TABLE exportd_cleanup_runs IS 'exportd: one row for each cleanup that went to its end';
 
 CREATE INDEX exportd_cleanup_runs_by_time ON exportd_cleanup_runs (started_at);
+
+CREATE TABLE exportd_download_links (
+    ticket_sha256 bytea PRIMARY KEY,
+    job_id uuid NOT NULL,
+    user_id text NOT NULL,
+    is_admin boolean NOT NULL,
+    package_sha256 text,
+    created_at timestamptz NOT NULL DEFAULT now(),
+    start_until timestamptz NOT NULL,
+    resume_until timestamptz NOT NULL,
+    revoked_at timestamptz
+);
+
+COMMENT ON TABLE exportd_download_links IS 'exportd: links that download one package as one principal';
+
+CREATE INDEX exportd_download_links_by_job ON exportd_download_links (job_id);
+
+CREATE INDEX exportd_download_links_by_age ON exportd_download_links (resume_until);

@@ -7,9 +7,8 @@ from datetime import timedelta
 import structlog
 from aiohttp import web
 
-from exportd.api.access import TOKENS
+from exportd.api.access import DATABASE, TOKENS
 from exportd.api.download import (
-    DATABASE,
     DELIVERY_OPTIONS,
     FAILURE_REASONS,
     JOBS,
@@ -23,6 +22,7 @@ from exportd.api.events import job_events, watch_jobs
 from exportd.api.health import healthz, readyz
 from exportd.api.jobs import export_job_again, list_export_jobs, show_export_job
 from exportd.api.lifecycle import Lifecycle
+from exportd.api.links import LINK_OPTIONS, LinkOptions, make_download_link, revoke_download_links
 from exportd.api.metrics import count_answer, measure, metrics
 from exportd.api.middleware import LIFECYCLE, METRICS, edge, set_common_headers
 from exportd.api.statistics import download_statistics
@@ -53,6 +53,7 @@ def make_app(settings: Settings, dsn: str) -> web.Application:
     auth = settings.auth
     remote = RemoteKeys(auth.jwks_url, auth.jwks_refresh_seconds) if auth.jwks_url else None
     app[TOKENS] = make_tokens(settings, remote)
+    app[LINK_OPTIONS] = LinkOptions(settings.links.start_seconds, settings.links.resume_seconds)
     app[RESUME_GRACE] = timedelta(hours=settings.retention.resume_grace_hours)
     app[MAX_RANGES] = settings.download.max_ranges
     app[DELIVERY_OPTIONS] = DeliveryOptions(
@@ -109,6 +110,8 @@ def make_app(settings: Settings, dsn: str) -> web.Application:
     app.router.add_get(f"{jobs}/events", job_events, name="events", allow_head=False)
     app.router.add_post(f"{jobs}/re-export", export_job_again, name="re_export")
     app.router.add_get(f"{jobs}/download", download_package, name="download")
+    app.router.add_post(f"{jobs}/download-link", make_download_link, name="make_link")
+    app.router.add_delete(f"{jobs}/download-link", revoke_download_links, name="revoke_links")
     app.router.add_get(f"{jobs}/download-stats", download_statistics, name="statistics")
     app.router.add_get("/healthz", healthz, name="healthz")
     app.router.add_get("/readyz", readyz, name="readyz")

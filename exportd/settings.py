@@ -177,6 +177,19 @@ class DownloadSettings(_Section):
     least_rate_window_seconds: Seconds = 60.0
 
 
+class LinkSettings(_Section):
+    """How long download links live."""
+
+    start_seconds: Seconds = 3600.0
+    resume_seconds: Seconds = 86400.0
+
+    @model_validator(mode="after")
+    def _resume_outlasts_start(self) -> Self:
+        if self.resume_seconds < self.start_seconds:
+            raise ValueError("resume_seconds must not be less than start_seconds")
+        return self
+
+
 class RetentionSettings(_Section):
     """How long packages and download events are kept, and when the cleanup runs."""
 
@@ -213,6 +226,7 @@ class Settings(_Section):
     storage: StorageSettings = StorageSettings()
     auth: AuthSettings = AuthSettings()
     download: DownloadSettings = DownloadSettings()
+    links: LinkSettings = LinkSettings()
     retention: RetentionSettings = RetentionSettings()
     packer: PackerSettings = PackerSettings()
     logging: LoggingSettings = LoggingSettings()

@@ -1,5 +1,6 @@
 """Who is asking for which job: the first steps of every handler under the base path."""
 
+import hashlib
 import re
 from uuid import UUID
 
@@ -10,14 +11,18 @@ from exportd.api.errors import (
     DownloadUnauthorized,
     IdentityProviderUnavailable,
     InvalidJobId,
+    LinkExpired,
     Unauthenticated,
 )
 from exportd.api.middleware import METRICS
 from exportd.auth.principal import Principal
 from exportd.auth.tokens import InvalidToken, KeysUnavailable, Tokens
+from exportd.db.links import Link, find_link
+from exportd.db.pool import Database
 
 log = structlog.get_logger()
 
+DATABASE = web.AppKey("database", Database)
 TOKENS = web.AppKey("tokens", Tokens)
 
 # UUID() alone would also take braces, "urn:uuid:" and hyphens anywhere.
@@ -53,6 +58,35 @@ async def authenticate(request: web.Request) -> Principal:
         raise IdentityProviderUnavailable from error
     structlog.contextvars.bind_contextvars(user_id=principal.user_id)
     return principal
+
+
+def ticket_digest(ticket: str) -> bytes:
+    """What is kept of a ticket. It is random, and so needs no salt."""
+    return hashlib.sha256(ticket.encode("utf-8", "surrogatepass")).digest()
+
+
+async def find_requested_link(request: web.Request, job_id: UUID) -> Link | None:
+    """The link by which the request comes, if it does: one whose ``ticket`` is for this job, and not revoked.
+
+    Its times are not looked at. Raises LinkExpired.
+    """
+    tickets = request.query.getall("ticket", [])
+    if not tickets:
+        return None
+    link = await find_link(request.app[DATABASE], ticket_digest(tickets[0])) if len(tickets) == 1 else None
+    if link is None or link.job_id != job_id:
+        raise refuse_link(request, "unknown")
+    structlog.contextvars.bind_contextvars(user_id=link.user_id, by="link")
+    if link.is_revoked:
+        raise refuse_link(request, "revoked")
+    return link
+
+
+def refuse_link(request: web.Request, reason: str) -> LinkExpired:
+    """Logs an attempt by a dead link; the error to raise."""
+    request.app[METRICS].access_refused("bad_link")
+    log.warning("download_link_refused", reason=reason)
+    return LinkExpired()
 
 
 def _unauthenticated(request: web.Request, reason: str | None, challenge: str) -> Unauthenticated:

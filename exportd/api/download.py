@@ -12,7 +12,14 @@ from datetime import UTC, datetime, timedelta
 import structlog
 from aiohttp import web
 
-from exportd.api.access import authenticate, refuse, requested_job_id
+from exportd.api.access import (
+    DATABASE,
+    authenticate,
+    find_requested_link,
+    refuse,
+    refuse_link,
+    requested_job_id,
+)
 from exportd.api.errors import (
     ApiError,
     FileNotFound,
@@ -29,7 +36,7 @@ from exportd.auth.principal import Principal
 from exportd.db.expiry import has_unfinished_download
 from exportd.db.jobs import JobFinder
 from exportd.db.ledger import DownloadLedger
-from exportd.db.pool import Database
+from exportd.db.links import Link
 from exportd.db.rows import DownloadEvent, Job
 from exportd.delivery.outcome import FAILURES, Delivery, Progress
 from exportd.delivery.response import DeliveryOptions, deliver
@@ -49,7 +56,6 @@ from exportd.packages.store import OpenPackage, PackageMissing, PackageStore, Pa
 
 log = structlog.get_logger()
 
-DATABASE = web.AppKey("database", Database)
 JOBS = web.AppKey("jobs", JobFinder)
 LEDGER = web.AppKey("ledger", DownloadLedger)
 STORE = web.AppKey("store", PackageStore)
@@ -66,14 +72,17 @@ _LONGEST_USER_AGENT = 256
 
 
 async def download_package(request: web.Request) -> web.StreamResponse:
-    """Sends the package of a completed job to its creator or an admin."""
+    """Sends the package of a completed job to its creator or an admin, or by a link that one of them made."""
     job_id = requested_job_id(request)
-    principal = await authenticate(request)
+    link = await find_requested_link(request, job_id)
+    principal = Principal(link.user_id, link.is_admin) if link else await authenticate(request)
     job = await request.app[JOBS].find_job(job_id)
     if job is None:
         raise JobNotFound
-    await _check_permission(request, principal, job)
-    with _open_package(request, job) as package:
+    await check_permission(request, principal, job)
+    if link is not None:
+        await _check_link(request, link, principal, job)
+    with open_package(request, job) as package:
         representation = _describe(job, package)
         fields, max_ranges = _request_fields(request), request.app[MAX_RANGES]
         plan = plan_response(request.method, fields, representation, max_ranges)
@@ -93,13 +102,19 @@ async def download_package(request: web.Request) -> web.StreamResponse:
         return await _deliver(request, response, principal, job, package, plan, body.segments)
 
 
-async def _check_permission(request: web.Request, principal: Principal, job: Job) -> None:
+async def check_permission(
+    request: web.Request, principal: Principal, job: Job, *, may_resume: bool = True
+) -> None:
+    """Raises what a principal is answered who may not download the package now.
+
+    ``may_resume``: of an expired one, what was begun may be resumed for the grace time.
+    """
     match decide_download(principal, job, request.app[RESUME_GRACE]):
         case Decision.UNAUTHORIZED:
             raise refuse(request, job.user_id)
         case Decision.NOT_READY:
             raise _denied(PackageNotReady(extra={"jobStatus": job.status}))
-        case Decision.RESUMABLE if await _is_resume(request, principal, job):
+        case Decision.RESUMABLE if may_resume and await _is_resume(request, principal, job):
             pass
         case Decision.EXPIRED | Decision.RESUMABLE:
             expires_at = job.package_expires_at and job.package_expires_at.isoformat()
@@ -120,12 +135,23 @@ async def _is_resume(request: web.Request, principal: Principal, job: Job) -> bo
     return await has_unfinished_download(request.app[DATABASE], job.job_id, principal.user_id)
 
 
+async def _check_link(request: web.Request, link: Link, principal: Principal, job: Job) -> None:
+    """Raises LinkExpired where the link's time is up, or the package is not the one it was made for."""
+    if link.package_sha256 != job.package_sha256:
+        raise refuse_link(request, "replaced")
+    if job.read_at >= link.resume_until:
+        raise refuse_link(request, "expired")
+    if job.read_at >= link.start_until and not await _is_resume(request, principal, job):
+        raise refuse_link(request, "too late to start")
+
+
 def _denied(error: ApiError) -> ApiError:
     log.info("download_denied", reason=error.code)
     return error
 
 
-def _open_package(request: web.Request, job: Job) -> OpenPackage:
+def open_package(request: web.Request, job: Job) -> OpenPackage:
+    """The job's package, for the caller to close. Raises FileNotFound and StorageError."""
     assert job.package_path is not None
     try:
         return request.app[STORE].open(job.package_path, job.package_size_bytes)

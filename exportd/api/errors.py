@@ -3,11 +3,31 @@
 The docstring is the public sentence. An error never shows a path, a query or a traceback.
 """
 
+import html
 from datetime import UTC, datetime
 from http import HTTPStatus
 
 import orjson
 from aiohttp import web
+
+# Without styles and scripts: nothing may be loaded, and the browser's own look is good.
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<meta name="color-scheme" content="light dark">
+<title>{title}</title>
+</head>
+<body>
+<main>
+<h1>{title}</h1>
+<p>{message}.</p>
+<p><small>Request {request_id}</small></p>
+</main>
+</body>
+</html>
+"""
 
 
 class ApiError(Exception):
@@ -42,6 +62,12 @@ class Unauthenticated(ApiError):
     """A valid bearer token is needed"""
 
     status, code = HTTPStatus.UNAUTHORIZED, "UNAUTHENTICATED"
+
+
+class LinkExpired(ApiError):
+    """The download link has expired, was revoked, or never was one; ask for a new one"""
+
+    status, code = HTTPStatus.GONE, "LINK_EXPIRED"
 
 
 class JobNotFound(ApiError):
@@ -146,6 +172,15 @@ class MethodNotAllowed(ApiError):
     status, code = HTTPStatus.METHOD_NOT_ALLOWED, "METHOD_NOT_ALLOWED"
 
 
+def error_page(error: ApiError, request_id: str) -> web.Response:
+    """The same for a person, whose browser was sent here: a small page in words."""
+    message = html.escape(error.message)
+    page = _PAGE.format(title=html.escape(error.status.phrase), message=message, request_id=request_id)
+    return web.Response(
+        status=error.status, text=page, content_type="text/html", headers=_headers(error) | {"Vary": "Accept"}
+    )
+
+
 def error_response(error: ApiError, request_id: str) -> web.Response:
     """The envelope every error is sent in."""
     body = {
@@ -156,9 +191,16 @@ def error_response(error: ApiError, request_id: str) -> web.Response:
         "requestId": request_id,
         **error.extra,
     }
+    return web.Response(
+        status=error.status,
+        body=orjson.dumps(body),
+        content_type="application/json",
+        headers=_headers(error),
+    )
+
+
+def _headers(error: ApiError) -> dict[str, str]:
     headers = {"Cache-Control": "no-store", **error.headers}
     if error.status == HTTPStatus.SERVICE_UNAVAILABLE:
         headers.setdefault("Retry-After", "5")
-    return web.Response(
-        status=error.status, body=orjson.dumps(body), content_type="application/json", headers=headers
-    )
+    return headers

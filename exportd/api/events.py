@@ -15,8 +15,7 @@ import orjson
 import structlog
 from aiohttp import web
 
-from exportd.api.access import authenticate, refuse, requested_job_id
-from exportd.api.download import DATABASE
+from exportd.api.access import DATABASE, authenticate, refuse, requested_job_id
 from exportd.api.errors import JobNotFound
 from exportd.api.jobs import describe_job
 from exportd.api.middleware import LIFECYCLE

@@ -5,7 +5,8 @@ import asyncio
 import orjson
 from aiohttp import web
 
-from exportd.api.download import DATABASE, STORE
+from exportd.api.access import DATABASE
+from exportd.api.download import STORE
 from exportd.api.middleware import LIFECYCLE
 from exportd.db.pool import DatabaseUnavailable
 

@@ -10,8 +10,8 @@ import orjson
 import structlog
 from aiohttp import web
 
-from exportd.api.access import authenticate, refuse, requested_job_id
-from exportd.api.download import DATABASE, STORE
+from exportd.api.access import DATABASE, authenticate, refuse, requested_job_id
+from exportd.api.download import STORE
 from exportd.api.errors import (
     ExportInProgress,
     InvalidParameter,

@@ -7,7 +7,8 @@ from collections.abc import AsyncIterator
 
 from aiohttp import web
 
-from exportd.api.download import DATABASE, LEDGER
+from exportd.api.access import DATABASE
+from exportd.api.download import LEDGER
 from exportd.api.middleware import METRICS, RECEIVED_AT
 from exportd.db.jobs import sum_packages
 from exportd.db.pool import Database, DatabaseUnavailable

@@ -15,6 +15,7 @@ from exportd.api.errors import (
     MethodNotAllowed,
     RouteNotFound,
     ShuttingDown,
+    error_page,
     error_response,
 )
 from exportd.api.lifecycle import Lifecycle
@@ -32,6 +33,7 @@ RECEIVED_AT = web.RequestKey("received_at", float)
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}", re.ASCII)
 _TRACE_PARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?", re.ASCII)
 _SERVER = "exportd"
+_NOTHING_TO_LOAD = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 # A probe must be able to tell "draining" from "gone"; a drain may take an hour, and is worth watching.
 _PROBES = ("/healthz", "/readyz", "/metrics")
 
@@ -52,7 +54,8 @@ async def edge(request: web.Request, handler: Handler) -> web.StreamResponse:
                 raise ShuttingDown
             response = await handler(request)
         except ApiError as error:
-            response = error_response(error, request_id)
+            respond = error_page if _is_for_a_person(request) else error_response
+            response = respond(error, request_id)
         except web.HTTPNotFound:
             response = error_response(RouteNotFound(), request_id)
         except web.HTTPMethodNotAllowed as error:
@@ -74,7 +77,15 @@ async def set_common_headers(request: web.Request, response: web.StreamResponse)
     """A response signal: what every answer carries."""
     response.headers["X-Request-ID"] = request[REQUEST_ID] if REQUEST_ID in request else _request_id(request)
     response.headers["X-Content-Type-Options"] = "nosniff"
+    # An address may hold a ticket.
+    response.headers["Referrer-Policy"] = "no-referrer"
+    response.headers.setdefault("Content-Security-Policy", _NOTHING_TO_LOAD)
     response.headers["Server"] = _SERVER
+
+
+def _is_for_a_person(request: web.Request) -> bool:
+    """Whether a browser goes to this address, as to a link; a page's own requests ask for anything."""
+    return request.method == "GET" and "text/html" in request.headers.get("Accept", "").lower()
 
 
 def _request_id(request: web.Request) -> str:

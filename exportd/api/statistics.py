@@ -3,8 +3,8 @@
 import orjson
 from aiohttp import web
 
-from exportd.api.access import authenticate, refuse, requested_job_id
-from exportd.api.download import DATABASE, LEDGER
+from exportd.api.access import DATABASE, authenticate, refuse, requested_job_id
+from exportd.api.download import LEDGER
 from exportd.api.errors import JobNotFound
 from exportd.auth.permission import may_see
 from exportd.db.rows import DownloadStatistics

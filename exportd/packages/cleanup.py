@@ -31,6 +31,7 @@ from exportd.db.expiry import (
     record_cleanup,
     take_expired,
 )
+from exportd.db.links import prune_links
 from exportd.db.pool import Database, DatabaseRefused, DatabaseUnavailable, Session
 from exportd.packages.store import PackageMissing, PackageStore, PackageUnusable
 
@@ -106,6 +107,7 @@ class Cleanup:
             started_at, started = await database_clock(session), time.monotonic()
             summary = CleanupSummary()
             await self._delete_packages(session, summary)
+            await prune_links(self.database)
             if self.event_days:
                 summary.events_pruned = await prune_events(self.database, self.event_days)
             summary.duration_seconds = round(time.monotonic() - started, 6)

@@ -45,7 +45,7 @@ _FIRST_BYTES = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5,
 _SLICES = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1, 5)
 _LAGS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
 _FLUSHES = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
-_REFUSALS = ("no_token", "bad_token", "not_permitted")
+_REFUSALS = ("no_token", "bad_token", "bad_link", "not_permitted")
 _CLEANUP_RESULTS = ("deleted", "failed", "waiting")
 _GROUPS = (1, 2, 5, 10, 20, 50, 100, 200, 500)
 
@@ -197,7 +197,7 @@ class Metrics:
         """A download failed before its delivery began."""
         self._failed.add(reason)
 
-    def access_refused(self, reason: Literal["no_token", "bad_token", "not_permitted"]) -> None:
+    def access_refused(self, reason: Literal["no_token", "bad_token", "bad_link", "not_permitted"]) -> None:
         """Nobody known asks, or somebody who may not."""
         self._refused.add(reason)
 

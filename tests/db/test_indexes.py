@@ -8,7 +8,7 @@ import psycopg2
 import pytest
 from psycopg2.extras import register_uuid
 
-from exportd.db import downloads, job_details, jobs, packing, statistics
+from exportd.db import downloads, job_details, jobs, links, packing, statistics
 from exportd.db.expiry import _FIND_UNFINISHED, TAKE_EXPIRED
 from tests.support.postgres import query
 
@@ -38,6 +38,14 @@ def large_dsn(dsn: str) -> str:
         " SELECT gen_random_uuid(), job_id, user_id, created_at, 1, 'completed', 200, '{[0,9)}', '{[0,9)}',"
         "        9, 9, '' FROM export_jobs, generate_series(1, 3)",
     )
+    query(
+        dsn,
+        "INSERT INTO exportd_download_links (ticket_sha256, job_id, user_id, is_admin, start_until,"
+        "                                    resume_until)"
+        " SELECT sha256(job_id::text::bytea), job_id, user_id, false, created_at,"
+        "        created_at + interval '20 days'"
+        "   FROM export_jobs",
+    )
     connection = psycopg2.connect(dsn)
     connection.autocommit = True
     connection.cursor().execute("VACUUM ANALYZE")
@@ -49,6 +57,7 @@ def nodes(plan: dict[str, Any]) -> list[dict[str, Any]]:
     return [plan, *(node for inner in plan.get("Plans", ()) for node in nodes(inner))]
 
 
+LARGE = ("export_jobs", "download_events", "exportd_download_links")
 STATEMENTS: dict[str, tuple[str, Any]] = {
     "look-up": (jobs._FIND_JOBS, ([JOB],)),
     "list of all": (job_details.LIST_ALL, PAGE),
@@ -68,6 +77,9 @@ STATEMENTS: dict[str, tuple[str, Any]] = {
     "statistics: sizes": (statistics._SUM_BY_SIZE, STATISTICS),
     "statistics: failures": (statistics._COUNT_FAILURES, STATISTICS),
     "statistics: recent": (statistics._LIST_RECENT, STATISTICS),
+    "a link": (links.FIND_LINK, (b"x" * 32,)),
+    "links of a job": (links.REVOKE_LINKS, {"job_id": JOB, "user_id": None}),
+    "old links": (links.PRUNE_LINKS, ()),
     "old events": (downloads._PRUNE_EVENTS, (365, 5000)),
 }
 
@@ -92,7 +104,7 @@ def test_no_statement_reads_a_table_whole(explain: Any) -> None:
         name: node["Relation Name"]
         for name, (statement, parameters) in STATEMENTS.items()
         for node in explain(statement, parameters)
-        if node["Node Type"] == "Seq Scan" and node["Relation Name"] in ("export_jobs", "download_events")
+        if node["Node Type"] == "Seq Scan" and node["Relation Name"] in LARGE
     }
     assert not whole
 

@@ -1,8 +1,10 @@
 """Real clients download, are cut, and resume."""
 
 import hashlib
+import json
 import re
 import subprocess
+import urllib.request
 from collections.abc import Iterator
 from email.parser import BytesParser
 from pathlib import Path
@@ -114,6 +116,38 @@ def test_aria2_downloads_over_sixteen_connections(scene: Scene) -> None:
     assert not (scene.folder / "p.tar.gz.aria2").exists()
     statuses = {status for (status,) in query(scene.jobs.dsn, "SELECT http_status FROM download_events")}
     assert 206 in statuses
+
+
+def make_link(scene: Scene, package: Package) -> str:
+    """The query string of a new link to the package."""
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{scene.daemon.port}{package.url}-link", method="POST", headers=ANN
+    )
+    with urllib.request.urlopen(request) as response:
+        url: str = json.load(response)["url"]
+    return url.partition("?")[2]
+
+
+@pytest.mark.parametrize("client", ["curl", "wget"])
+def test_a_link_resumes_without_a_token_even_late(scene: Scene, client: str) -> None:
+    program = require(client)
+    package = scene.jobs.add(noise(SIZE))
+    ticket = make_link(scene, package)
+    proxy = CuttingProxy(scene.daemon.port, cuts=3, largest=SIZE // 4)
+    file = scene.folder / "p.tar.gz"
+    address = f"{scene.address(package, proxy.port)}?{ticket}"
+    command, statuses = {
+        "curl": ((program, "-sS", "-C", "-", "-o", file.name), (0, 18, 52, 56)),
+        "wget": ((program, "-q", "-c", "-t", "1", "-O", file.name), (0, 4)),
+    }[client]
+    assert scene.run(*command, address, statuses=statuses).returncode != 0
+    wait_for("the cut download's end", lambda: scene.daemon.events("download_aborted"))
+    query(scene.jobs.dsn, "UPDATE exportd_download_links SET start_until = now() - interval '1 s'")
+    while scene.run(*command, address, statuses=statuses).returncode != 0:
+        assert proxy.connections <= 20
+    proxy.close()
+    assert sha256(file.read_bytes()) == sha256(package.content)
+    assert ticket not in "".join(map(str, scene.daemon.log))
 
 
 @pytest.mark.parametrize("client", ["curl", "wget"])

@@ -1,0 +1,79 @@
+"""Download links: addresses that need no token, for a browser's own download manager."""
+
+import secrets
+from dataclasses import dataclass
+
+import orjson
+import structlog
+from aiohttp import web
+
+from exportd.api.access import DATABASE, authenticate, refuse, requested_job_id, ticket_digest
+from exportd.api.download import JOBS, check_permission, open_package
+from exportd.api.errors import JobNotFound
+from exportd.auth.permission import may_see
+from exportd.db.links import make_link, revoke_links
+
+log = structlog.get_logger()
+
+_TICKET_BYTES = 32
+
+
+@dataclass(frozen=True, slots=True)
+class LinkOptions:
+    """For how long after it was made a link starts downloads, and resumes what was started."""
+
+    start_seconds: float
+    resume_seconds: float
+
+
+LINK_OPTIONS = web.AppKey("link_options", LinkOptions)
+
+
+async def make_download_link(request: web.Request) -> web.Response:
+    """Makes a link that downloads the package as the caller, who may do so now."""
+    job_id = requested_job_id(request)
+    principal = await authenticate(request)
+    job = await request.app[JOBS].find_job(job_id)
+    if job is None:
+        raise JobNotFound
+    await check_permission(request, principal, job, may_resume=False)
+    with open_package(request, job):
+        pass
+    ticket = secrets.token_urlsafe(_TICKET_BYTES)
+    options = request.app[LINK_OPTIONS]
+    start_until, resume_until = await make_link(
+        request.app[DATABASE],
+        ticket_digest(ticket),
+        job,
+        principal.user_id,
+        principal.is_admin,
+        options.start_seconds,
+        options.resume_seconds,
+    )
+    log.info("download_link_made", expires_at=start_until.isoformat(), resume_until=resume_until.isoformat())
+    document = {
+        "url": f"{request.rel_url.raw_path.removesuffix('-link')}?ticket={ticket}",
+        "expiresAt": start_until,
+        "resumeUntil": resume_until,
+    }
+    return web.Response(
+        status=201,
+        body=orjson.dumps(document),
+        content_type="application/json",
+        headers={"Cache-Control": "no-store"},
+    )
+
+
+async def revoke_download_links(request: web.Request) -> web.Response:
+    """Ends the links to a package: those that the caller made, or all of them where an admin asks."""
+    job_id = requested_job_id(request)
+    principal = await authenticate(request)
+    job = await request.app[JOBS].find_job(job_id)
+    if job is None:
+        raise JobNotFound
+    if not may_see(principal, job.user_id):
+        raise refuse(request, job.user_id)
+    maker = None if principal.is_admin else principal.user_id
+    count = await revoke_links(request.app[DATABASE], job_id, maker)
+    log.info("download_links_revoked", count=count)
+    return web.Response(status=204, headers={"Cache-Control": "no-store"})

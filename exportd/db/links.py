@@ -1,0 +1,107 @@
+"""Download links in SQL. A link is known by the SHA-256 of its ticket; the ticket itself is kept nowhere."""
+
+from dataclasses import dataclass
+from datetime import datetime
+from uuid import UUID
+
+from exportd.db.pool import Database
+from exportd.db.rows import Job
+
+# The row is there or it is not: a second try after a lost connection inserts nothing and reads it back.
+_MAKE_LINK = """
+WITH inserted AS (
+    INSERT INTO exportd_download_links (
+        ticket_sha256, job_id, user_id, is_admin, package_sha256, start_until, resume_until
+    )
+    VALUES (
+        %(ticket_sha256)s, %(job_id)s, %(user_id)s, %(is_admin)s, %(package_sha256)s,
+        now() + make_interval(secs => %(start_seconds)s), now() + make_interval(secs => %(resume_seconds)s)
+    )
+    ON CONFLICT (ticket_sha256) DO NOTHING
+    RETURNING start_until, resume_until
+)
+SELECT start_until, resume_until FROM inserted
+UNION ALL
+SELECT start_until, resume_until FROM exportd_download_links WHERE ticket_sha256 = %(ticket_sha256)s
+LIMIT 1
+"""
+
+FIND_LINK = """
+SELECT job_id, user_id, is_admin, package_sha256, start_until, resume_until, revoked_at IS NOT NULL
+  FROM exportd_download_links
+ WHERE ticket_sha256 = %s
+"""
+
+REVOKE_LINKS = """
+UPDATE exportd_download_links
+   SET revoked_at = now()
+ WHERE job_id = %(job_id)s
+   AND (%(user_id)s::text IS NULL OR user_id = %(user_id)s)
+   AND revoked_at IS NULL
+   AND resume_until > now()
+RETURNING 1
+"""
+
+# A day longer than they live, so that who opens one late is told what became of it.
+PRUNE_LINKS = "DELETE FROM exportd_download_links WHERE resume_until < now() - make_interval(days => 1)"
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A link: which job's package, as it was then, it downloads as whom, and for how long."""
+
+    job_id: UUID
+    user_id: str
+    is_admin: bool
+    package_sha256: str | None
+    start_until: datetime
+    resume_until: datetime
+    is_revoked: bool
+
+
+async def make_link(
+    database: Database,
+    ticket_sha256: bytes,
+    job: Job,
+    user_id: str,
+    is_admin: bool,
+    start_seconds: float,
+    resume_seconds: float,
+) -> tuple[datetime, datetime]:
+    """Records a link to the job's present package; until when it starts and resumes downloads.
+
+    Idempotent by ``ticket_sha256``. Raises DatabaseUnavailable.
+    """
+    row = await database.fetch_one(
+        _MAKE_LINK,
+        {
+            "ticket_sha256": ticket_sha256,
+            "job_id": job.job_id,
+            "user_id": user_id,
+            "is_admin": is_admin,
+            "package_sha256": job.package_sha256,
+            "start_seconds": start_seconds,
+            "resume_seconds": resume_seconds,
+        },
+    )
+    assert row is not None
+    return row[0], row[1]
+
+
+async def find_link(database: Database, ticket_sha256: bytes) -> Link | None:
+    """The link of that ticket, dead or alive. Raises DatabaseUnavailable."""
+    row = await database.fetch_one(FIND_LINK, (ticket_sha256,))
+    return Link(*row) if row else None
+
+
+async def revoke_links(database: Database, job_id: UUID, user_id: str | None) -> int:
+    """Ends the living links to a job's package, or those that the principal made; returns how many.
+
+    Raises DatabaseUnavailable.
+    """
+    return len(await database.fetch_all(REVOKE_LINKS, {"job_id": job_id, "user_id": user_id}))
+
+
+async def prune_links(database: Database) -> None:
+    """Deletes the rows of links that are long dead. Raises DatabaseUnavailable."""
+    await database.fetch_all(PRUNE_LINKS)
