@@ -1,6 +1,7 @@
 """Wires the rooms together; the only file that knows them all."""
 
 import contextlib
+import functools
 from collections.abc import AsyncIterator, Callable
 from datetime import timedelta
 
@@ -8,6 +9,7 @@ import structlog
 from aiohttp import web
 
 from exportd.api.access import DATABASE, TOKENS
+from exportd.api.cors import CORS_ORIGINS, allow_origin
 from exportd.api.download import (
     DELIVERY_OPTIONS,
     FAILURE_REASONS,
@@ -24,7 +26,7 @@ from exportd.api.jobs import export_job_again, list_export_jobs, show_export_job
 from exportd.api.lifecycle import Lifecycle
 from exportd.api.links import LINK_OPTIONS, LinkOptions, make_download_link, revoke_download_links
 from exportd.api.metrics import count_answer, measure, metrics
-from exportd.api.middleware import LIFECYCLE, METRICS, edge, set_common_headers
+from exportd.api.middleware import ALLOWED_HOSTS, LIFECYCLE, METRICS, edge, expect, set_common_headers
 from exportd.api.statistics import download_statistics
 from exportd.auth.jwks import RemoteKeys
 from exportd.auth.keys import load_public_key, secret_key
@@ -49,6 +51,8 @@ def make_app(settings: Settings, dsn: str) -> web.Application:
     """The daemon's application. Its database pool lives from the application's start-up to its clean-up."""
     app = web.Application(middlewares=[edge])
     app[LIFECYCLE] = Lifecycle()
+    app[ALLOWED_HOSTS] = frozenset(settings.server.allowed_hosts)
+    app[CORS_ORIGINS] = frozenset(settings.server.cors_origins)
     noted = app[METRICS] = Metrics(FAILURE_REASONS, METHODS)
     auth = settings.auth
     remote = RemoteKeys(auth.jwks_url, auth.jwks_refresh_seconds) if auth.jwks_url else None
@@ -102,20 +106,28 @@ def make_app(settings: Settings, dsn: str) -> web.Application:
         app.cleanup_ctx.append(provider_keys)
     app.on_response_prepare.append(count_answer)
     app.on_response_prepare.append(set_common_headers)
+    app.on_response_prepare.append(allow_origin)
     # Metrics tell routes apart by their names. Any id at all, so that one that is no UUID is told so.
+    get, post, delete = (
+        functools.partial(verb, expect_handler=expect) for verb in (web.get, web.post, web.delete)
+    )
     jobs = f"{settings.server.base_path}/export-jobs"
-    app.router.add_get(jobs, list_export_jobs, name="jobs")
-    jobs += "/{job_id:[^/]+}"
-    app.router.add_get(jobs, show_export_job, name="job")
-    app.router.add_get(f"{jobs}/events", job_events, name="events", allow_head=False)
-    app.router.add_post(f"{jobs}/re-export", export_job_again, name="re_export")
-    app.router.add_get(f"{jobs}/download", download_package, name="download")
-    app.router.add_post(f"{jobs}/download-link", make_download_link, name="make_link")
-    app.router.add_delete(f"{jobs}/download-link", revoke_download_links, name="revoke_links")
-    app.router.add_get(f"{jobs}/download-stats", download_statistics, name="statistics")
-    app.router.add_get("/healthz", healthz, name="healthz")
-    app.router.add_get("/readyz", readyz, name="readyz")
-    app.router.add_get("/metrics", metrics, name="metrics")
+    job = f"{jobs}/{{job_id:[^/]+}}"
+    app.router.add_routes(
+        [
+            get(jobs, list_export_jobs, name="jobs"),
+            get(job, show_export_job, name="job"),
+            get(f"{job}/events", job_events, name="events", allow_head=False),
+            post(f"{job}/re-export", export_job_again, name="re_export"),
+            get(f"{job}/download", download_package, name="download"),
+            post(f"{job}/download-link", make_download_link, name="make_link"),
+            delete(f"{job}/download-link", revoke_download_links, name="revoke_links", expect_handler=expect),
+            get(f"{job}/download-stats", download_statistics, name="statistics"),
+            get("/healthz", healthz, name="healthz"),
+            get("/readyz", readyz, name="readyz"),
+            get("/metrics", metrics, name="metrics"),
+        ]
+    )
     return app
 
 

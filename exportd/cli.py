@@ -21,6 +21,7 @@ import orjson
 import structlog
 
 from exportd import __version__
+from exportd.api.connection import ConnectionLimits
 from exportd.api.statistics import describe_statistics
 from exportd.app import connect, make_app, make_cleanup, make_tokens, open_storage
 from exportd.auth.keys import UnusableKey
@@ -422,6 +423,9 @@ def _serve(
         Listener(server.host, server.port, server.tls_cert, server.tls_key),
         workers=server.workers,
         drain_timeout_seconds=server.drain_timeout_seconds,
+        limits=ConnectionLimits(
+            server.max_connections, server.head_timeout_seconds, server.keepalive_timeout_seconds
+        ),
         on_hangup=reopen_logs,
         on_started=on_started,
         companion=companion,

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import resource
 import signal
 import socket
 import ssl
@@ -12,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from aiohttp import web
 from gunicorn.app.base import BaseApplication
 from gunicorn.glogging import Logger
 
+from exportd.api.connection import ConnectionLimits, ConnectionServer
 from exportd.api.middleware import LIFECYCLE
 from exportd.telemetry.metrics import forget_dead_processes, shared_metrics
 
@@ -31,6 +33,9 @@ MakeApp = Callable[[], web.Application]
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _BACKLOG = 1024
+_ENOUGH_DESCRIPTORS = 65536
+# For the database, logs, metrics and the loop.
+_SPARE_DESCRIPTORS = 128
 # After a drain: how long aborted downloads may take to be recorded.
 _ABORT_SECONDS = 20.0
 # A worker that has not turned its loop for this long, beyond what a drain takes, is replaced.
@@ -61,6 +66,7 @@ def serve(
     *,
     workers: int,
     drain_timeout_seconds: float,
+    limits: ConnectionLimits,
     on_hangup: Callable[[], None],
     on_started: Callable[[str], None] = lambda _: None,
     companion: Sequence[str] = (),
@@ -70,23 +76,29 @@ def serve(
     The first signal stops accepting and lets running requests finish for ``drain_timeout_seconds``; a second
     one aborts them at once. ``make_app`` is called in each process that serves; ``on_started`` is told the
     address. ``companion`` is a command that runs beside; its stdin ends when this process does. SIGHUP calls
-    ``on_hangup`` where one process serves, and replaces the processes where several do. Raises ServerError,
-    and whatever the application's start-up raises.
+    ``on_hangup`` where one process serves, and replaces the processes where several do. Of ``limits``, 0
+    connections are as many as the limit on open files has room for. Raises ServerError, and whatever the
+    application's start-up raises.
     """
     _tls_context(listener)  # a certificate that cannot be used is told before anything starts
+    room = _room_for_connections()
+    limits = replace(limits, connections=min(limits.connections or room, room))
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(opened) for opened in _listen(listener)]
         url = _address(listener, sockets[0])
         if companion:
             stack.enter_context(_accompanied(companion))
 
+        def make_runner() -> _DrainingRunner:
+            return _DrainingRunner(make_app(), drain_timeout_seconds, limits)
+
         def started() -> None:
             log.info("server_started", url=url, workers=workers)
             on_started(url)
 
         if workers == 1:
-            return uvloop.run(_serve(make_app, listener, sockets, drain_timeout_seconds, on_hangup, started))
-        return _serve_by_workers(make_app, listener, sockets, workers, drain_timeout_seconds, started)
+            return uvloop.run(_serve(make_runner, listener, sockets, on_hangup, started))
+        return _serve_by_workers(make_runner, listener, sockets, workers, drain_timeout_seconds, started)
 
 
 def run_until_stopped(work: Coroutine[Any, Any, None], *, ends_with_stdin: bool) -> None:
@@ -115,10 +127,14 @@ def run_until_stopped(work: Coroutine[Any, Any, None], *, ends_with_stdin: bool)
 class _DrainingRunner(web.AppRunner):
     """A runner whose clean-up first lets running requests finish."""
 
-    def __init__(self, app: web.Application, drain_timeout_seconds: float) -> None:
+    def __init__(self, app: web.Application, drain_timeout_seconds: float, limits: ConnectionLimits) -> None:
         super().__init__(app, access_log=None, handle_signals=False, shutdown_timeout=1.0)
         self._drain_timeout_seconds = drain_timeout_seconds
+        self._limits = limits
         self.abort = asyncio.Event()
+
+    async def _make_server(self) -> web.Server:
+        return ConnectionServer(self.app, await super()._make_server(), self._limits)
 
     async def cleanup(self) -> None:
         if self.server is not None:
@@ -143,14 +159,13 @@ class _DrainingRunner(web.AppRunner):
 
 
 async def _serve(
-    make_app: MakeApp,
+    make_runner: Callable[[], _DrainingRunner],
     listener: Listener,
     sockets: list[socket.socket],
-    drain_timeout_seconds: float,
     on_hangup: Callable[[], None],
     started: Callable[[], None],
 ) -> int:
-    runner = _DrainingRunner(make_app(), drain_timeout_seconds)
+    runner = make_runner()
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in _SIGNALS:
@@ -168,15 +183,15 @@ async def _serve(
 
 
 def _serve_by_workers(
-    make_app: MakeApp,
+    make_runner: Callable[[], _DrainingRunner],
     listener: Listener,
     sockets: list[socket.socket],
     workers: int,
     drain_timeout_seconds: float,
     started: Callable[[], None],
 ) -> int:
-    async def make_runner() -> web.AppRunner:
-        return _DrainingRunner(make_app(), drain_timeout_seconds)
+    async def load() -> web.AppRunner:
+        return make_runner()
 
     stopping_seconds = int(drain_timeout_seconds + _ABORT_SECONDS) + 1
     options = {
@@ -195,16 +210,16 @@ def _serve_by_workers(
     }
     try:
         with shared_metrics():
-            _Gunicorn(options, make_runner).run()
+            _Gunicorn(options, load).run()
     except SystemExit as exit_request:
         return int(exit_request.code or 0)
     return 0
 
 
 class _Gunicorn(BaseApplication):  # type: ignore[misc]  # gunicorn has no types
-    def __init__(self, options: dict[str, Any], make_runner: Callable[[], Awaitable[web.AppRunner]]) -> None:
+    def __init__(self, options: dict[str, Any], load: Callable[[], Awaitable[web.AppRunner]]) -> None:
         self._options = options
-        self._make_runner = make_runner
+        self._load = load
         super().__init__()
 
     def load_config(self) -> None:
@@ -212,7 +227,7 @@ class _Gunicorn(BaseApplication):  # type: ignore[misc]  # gunicorn has no types
             self.cfg.set(name, value)
 
     def load(self) -> Callable[[], Awaitable[web.AppRunner]]:
-        return self._make_runner
+        return self._load
 
 
 class _GunicornLogger(Logger):  # type: ignore[misc]
@@ -259,6 +274,16 @@ def _accompanied(command: Sequence[str]) -> Iterator[None]:
         thread.join(_COMPANION_SECONDS)
         for process in present:
             process.kill()
+
+
+def _room_for_connections() -> int:
+    """How many connections a process has descriptors for; its limit is raised where it may be."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < _ENOUGH_DESCRIPTORS and soft < hard:
+        soft = min(hard, _ENOUGH_DESCRIPTORS)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    # A download takes three: its connection, a second handle on it, and the package.
+    return max(1, (soft - _SPARE_DESCRIPTORS) // 3)
 
 
 def _listen(listener: Listener) -> list[socket.socket]:

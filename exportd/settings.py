@@ -78,6 +78,25 @@ def _check_jwks_url(value: str | None) -> str | None:
     return value
 
 
+def _check_host(value: str) -> str:
+    if urlsplit(f"//{value}").netloc != value or urlsplit(f"//{value}").port is not None or not value:
+        raise ValueError("must be a host without a port, such as downloads.example.com")
+    return (urlsplit(f"//{value}").hostname or "").lower()
+
+
+def _check_origin(value: str) -> str:
+    parts = urlsplit(value)
+    if (
+        parts.scheme not in ("http", "https")
+        or not parts.hostname
+        or value != f"{parts.scheme}://{parts.netloc}"
+    ):
+        raise ValueError("must be an origin, such as https://app.example.com")
+    if "*" in value or "@" in value or value != value.lower():
+        raise ValueError("must be one origin in lower case, such as https://app.example.com")
+    return value
+
+
 def _empty_is_none(value: object) -> object:
     return None if value == "" else value
 
@@ -100,6 +119,11 @@ class ServerSettings(_Section):
     workers: Annotated[int, Field(ge=1, le=256)] = 1
     base_path: Annotated[str, AfterValidator(_check_base_path)] = "/api/tool-registry"
     drain_timeout_seconds: Annotated[float, Field(ge=0, le=86400 * 7)] = 60.0
+    max_connections: Annotated[int, Field(ge=0)] = 0
+    head_timeout_seconds: Seconds = 10.0
+    keepalive_timeout_seconds: Seconds = 75.0
+    allowed_hosts: tuple[Annotated[str, AfterValidator(_check_host)], ...] = ()
+    cors_origins: tuple[Annotated[str, AfterValidator(_check_origin)], ...] = ()
     tls_cert: OptionalPath = None
     tls_key: OptionalPath = None
 

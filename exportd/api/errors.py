@@ -160,6 +160,30 @@ class ShuttingDown(ApiError):
     status, code = HTTPStatus.SERVICE_UNAVAILABLE, "SHUTTING_DOWN"
 
 
+class BadRequest(ApiError):
+    """The request is malformed"""
+
+    status, code = HTTPStatus.BAD_REQUEST, "BAD_REQUEST"
+
+
+class HeadersTooLarge(ApiError):
+    """The request's line or header fields are too large, or too many"""
+
+    status, code = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "HEADERS_TOO_LARGE"
+
+
+class MisdirectedRequest(ApiError):
+    """This server does not answer for that host"""
+
+    status, code = HTTPStatus.MISDIRECTED_REQUEST, "MISDIRECTED_REQUEST"
+
+
+class ExpectationFailed(ApiError):
+    """The expectation cannot be met"""
+
+    status, code = HTTPStatus.EXPECTATION_FAILED, "EXPECTATION_FAILED"
+
+
 class RouteNotFound(ApiError):
     """There is nothing at this address"""
 

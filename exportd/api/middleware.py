@@ -3,16 +3,22 @@
 import re
 import secrets
 import time
+from collections.abc import Collection
+from urllib.parse import urlsplit
 
 import structlog
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 from aiohttp.typedefs import Handler
 
+from exportd.api.cors import answer_preflight
 from exportd.api.errors import (
     ApiError,
+    BadRequest,
     DatabaseIsUnavailable,
+    ExpectationFailed,
     InternalError,
     MethodNotAllowed,
+    MisdirectedRequest,
     RouteNotFound,
     ShuttingDown,
     error_page,
@@ -24,6 +30,8 @@ from exportd.telemetry.metrics import Metrics
 
 log = structlog.get_logger()
 
+# In lower case, without ports; none: any.
+ALLOWED_HOSTS = web.AppKey("allowed_hosts", Collection[str])
 LIFECYCLE = web.AppKey("lifecycle", Lifecycle)
 METRICS = web.AppKey("metrics", Metrics)
 REQUEST_ID = web.RequestKey("request_id", str)
@@ -52,7 +60,10 @@ async def edge(request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
             if lifecycle.is_draining and request.path not in _PROBES:
                 raise ShuttingDown
-            response = await handler(request)
+            if request.path not in _PROBES:
+                _check_host(request)
+            preflight = answer_preflight(request)
+            response = await handler(request) if preflight is None else preflight
         except ApiError as error:
             respond = error_page if _is_for_a_person(request) else error_response
             response = respond(error, request_id)
@@ -75,12 +86,48 @@ async def edge(request: web.Request, handler: Handler) -> web.StreamResponse:
 
 async def set_common_headers(request: web.Request, response: web.StreamResponse) -> None:
     """A response signal: what every answer carries."""
-    response.headers["X-Request-ID"] = request[REQUEST_ID] if REQUEST_ID in request else _request_id(request)
-    response.headers["X-Content-Type-Options"] = "nosniff"
-    # An address may hold a ticket.
-    response.headers["Referrer-Policy"] = "no-referrer"
-    response.headers.setdefault("Content-Security-Policy", _NOTHING_TO_LOAD)
-    response.headers["Server"] = _SERVER
+    request_id = request[REQUEST_ID] if REQUEST_ID in request else _request_id(request)
+    # What a page may load is for its handler to say.
+    policy = response.headers.get("Content-Security-Policy", _NOTHING_TO_LOAD)
+    response.headers.update({**common_headers(request_id), "Content-Security-Policy": policy})
+
+
+def common_headers(request_id: str) -> dict[str, str]:
+    """What every answer carries."""
+    return {
+        "X-Request-ID": request_id,
+        "X-Content-Type-Options": "nosniff",
+        # An address may hold a ticket.
+        "Referrer-Policy": "no-referrer",
+        "Content-Security-Policy": _NOTHING_TO_LOAD,
+        "Server": _SERVER,
+    }
+
+
+async def expect(request: web.Request) -> web.Response | None:
+    """Answers an Expect field, for routes that read no body."""
+    if request.headers["Expect"].lower() != "100-continue":
+        return error_response(ExpectationFailed(), _request_id(request))
+    return None
+
+
+def _check_host(request: web.Request) -> None:
+    """Raises BadRequest and MisdirectedRequest."""
+    fields = request.headers.getall("Host", [])
+    if len(fields) > 1 or (not fields and request.version >= HttpVersion11):
+        raise BadRequest
+    allowed = request.app[ALLOWED_HOSTS]
+    if not allowed:
+        return
+    # A target in absolute form goes before the field (RFC 9112, section 3.2.2).
+    is_absolute = not request.raw_path.startswith("/")
+    try:
+        authority = urlsplit(request.raw_path if is_absolute else f"//{fields[0] if fields else ''}")
+        host, _ = authority.hostname, authority.port
+    except ValueError as error:
+        raise BadRequest from error
+    if host not in allowed:
+        raise MisdirectedRequest
 
 
 def _is_for_a_person(request: web.Request) -> bool:

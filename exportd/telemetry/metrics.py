@@ -46,6 +46,7 @@ _SLICES = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 
 _LAGS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
 _FLUSHES = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _REFUSALS = ("no_token", "bad_token", "bad_link", "not_permitted")
+_CONNECTION_REFUSALS = ("malformed", "slow_head", "large_head", "too_many")
 _CLEANUP_RESULTS = ("deleted", "failed", "waiting")
 _GROUPS = (1, 2, 5, 10, 20, 50, 100, 200, 500)
 
@@ -156,6 +157,12 @@ class Metrics:
             ("written", "failed"),
         )
         self._groups = self._distribution("ledger_flush_events", "Events in one such statement", _GROUPS)
+        self._connections_refused = self._counts(
+            "connections_refused_total",
+            "Connections closed for what came over them, or did not",
+            ("reason",),
+            _CONNECTION_REFUSALS,
+        )
         self._cleaned = self._counts(
             "cleanup_packages_total", "Expired packages that cleanups met", ("result",), _CLEANUP_RESULTS
         )
@@ -200,6 +207,10 @@ class Metrics:
     def access_refused(self, reason: Literal["no_token", "bad_token", "bad_link", "not_permitted"]) -> None:
         """Nobody known asks, or somebody who may not."""
         self._refused.add(reason)
+
+    def connection_refused(self, reason: str) -> None:
+        """A connection was closed for what came over it, or did not come."""
+        self._connections_refused.add(reason)
 
     def download_started(self) -> None:
         """A delivery begins; ``download_completed`` or ``download_failed`` must follow."""

@@ -1,0 +1,51 @@
+"""Pages of other origins (CORS in the Fetch standard): who may call, send what, and read what."""
+
+from collections.abc import Collection
+
+from aiohttp import web
+
+# A token is sent by the page itself; cookies never matter here, so no credentials mode.
+_METHODS = "GET, HEAD, POST, DELETE"
+_REQUEST_FIELDS = (
+    "Authorization, Content-Type, If-Match, If-None-Match, If-Range, Last-Event-ID, Range, Want-Repr-Digest,"
+    " X-Request-ID"
+)
+_EXPOSED_FIELDS = (
+    "Accept-Ranges, Content-Disposition, Content-Length, Content-Range, ETag, Location, Repr-Digest,"
+    " Retry-After, Sunset, X-Package-Size, X-Request-ID"
+)
+_PREFLIGHT_SECONDS = 600
+
+CORS_ORIGINS = web.AppKey("cors_origins", Collection[str])
+
+
+def answer_preflight(request: web.Request) -> web.Response | None:
+    """The answer to a listed origin's question whether it may send a request; None: it is not one."""
+    is_preflight = request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers
+    if not is_preflight or _listed_origin(request) is None:
+        return None
+    return web.Response(
+        status=204,
+        headers={
+            "Access-Control-Allow-Methods": _METHODS,
+            "Access-Control-Allow-Headers": _REQUEST_FIELDS,
+            "Access-Control-Max-Age": str(_PREFLIGHT_SECONDS),
+        },
+    )
+
+
+async def allow_origin(request: web.Request, response: web.StreamResponse) -> None:
+    """A response signal: a page of a listed origin may read the answer, whichever it is."""
+    if not request.app[CORS_ORIGINS]:
+        return
+    # Also where the origin is not listed, or there is none: a cache must not hand this answer to a page.
+    vary = response.headers.get("Vary")
+    response.headers["Vary"] = f"{vary}, Origin" if vary else "Origin"
+    if (origin := _listed_origin(request)) is not None:
+        response.headers["Access-Control-Allow-Origin"] = origin
+        response.headers["Access-Control-Expose-Headers"] = _EXPOSED_FIELDS
+
+
+def _listed_origin(request: web.Request) -> str | None:
+    origin = request.headers.get("Origin")
+    return origin if origin in request.app[CORS_ORIGINS] else None
