@@ -126,6 +126,8 @@ CREATE INDEX download_events_running ON download_events (updated_at) WHERE outco
 
 CREATE INDEX download_events_by_job ON download_events (job_id, started_at);
 
+CREATE INDEX download_events_by_user ON download_events (user_id, started_at);
+
 CREATE INDEX download_events_by_age ON download_events (started_at);
 
 -- What each principal has of a package so far, since the last time it had the whole (completed_at).

@@ -1,9 +1,11 @@
 """Wires the rooms together; the only file that knows them all."""
 
+import asyncio
 import contextlib
 import functools
 from collections.abc import AsyncIterator, Callable
 from datetime import timedelta
+from ipaddress import ip_network
 
 import structlog
 from aiohttp import web
@@ -24,6 +26,7 @@ from exportd.api.events import job_events, watch_jobs
 from exportd.api.health import healthz, readyz
 from exportd.api.jobs import export_job_again, list_export_jobs, show_export_job
 from exportd.api.lifecycle import Lifecycle
+from exportd.api.limits import LIMITER, PROXIES, Limiter, Limits, Proxies
 from exportd.api.links import LINK_OPTIONS, LinkOptions, make_download_link, revoke_download_links
 from exportd.api.metrics import count_answer, measure, metrics
 from exportd.api.middleware import ALLOWED_HOSTS, LIFECYCLE, METRICS, edge, expect, set_common_headers
@@ -35,9 +38,13 @@ from exportd.db.expiry import last_cleanup
 from exportd.db.jobs import JobFinder
 from exportd.db.ledger import open_ledger
 from exportd.db.pool import Database, open_database
+from exportd.delivery.fair_share import FairShare
 from exportd.delivery.outcome import METHODS
 from exportd.delivery.response import DeliveryOptions
 from exportd.delivery.watch import Patience
+from exportd.limits.board import Board
+from exportd.limits.memory import SharedMemory, make_shared_memory
+from exportd.limits.rates import Rates
 from exportd.packages.cleanup import Cleanup, CleanupSummary, claim_storage, on_schedule
 from exportd.packages.pack import remove_abandoned
 from exportd.packages.store import PackageStore
@@ -47,8 +54,11 @@ from exportd.telemetry.metrics import Metrics
 log = structlog.get_logger()
 
 
-def make_app(settings: Settings, dsn: str) -> web.Application:
-    """The daemon's application. Its database pool lives from the application's start-up to its clean-up."""
+def make_app(settings: Settings, dsn: str, shared: SharedMemory | None = None) -> web.Application:
+    """The daemon's application. Its database pool lives from the application's start-up to its clean-up.
+
+    ``shared``: where several processes count together.
+    """
     app = web.Application(middlewares=[edge])
     app[LIFECYCLE] = Lifecycle()
     app[ALLOWED_HOSTS] = frozenset(settings.server.allowed_hosts)
@@ -57,6 +67,13 @@ def make_app(settings: Settings, dsn: str) -> web.Application:
     auth = settings.auth
     remote = RemoteKeys(auth.jwks_url, auth.jwks_refresh_seconds) if auth.jwks_url else None
     app[TOKENS] = make_tokens(settings, remote)
+    shared = shared or make_shared_memory(1)
+    board = Board(shared)
+    total_rate = settings.download.total_rate_bytes_per_second
+    fair_share = FairShare(total_rate, board) if total_rate else None
+    app[LIMITER] = Limiter(Limits(**settings.limits.model_dump()), Rates(shared), board, noted)
+    trusted = [ip_network(network) for network in settings.server.trusted_proxies]
+    app[PROXIES] = Proxies(trusted, settings.server.forwarded_field)
     app[LINK_OPTIONS] = LinkOptions(settings.links.start_seconds, settings.links.resume_seconds)
     app[RESUME_GRACE] = timedelta(hours=settings.retention.resume_grace_hours)
     app[MAX_RANGES] = settings.download.max_ranges
@@ -65,6 +82,7 @@ def make_app(settings: Settings, dsn: str) -> web.Application:
         slice_bytes=settings.download.slice_bytes,
         chunk_size=settings.download.chunk_size,
         max_rate_bytes_per_second=settings.download.max_rate_bytes_per_second,
+        fair_share=fair_share,
         patience=Patience(
             settings.download.stall_timeout_seconds,
             settings.download.least_rate_bytes_per_second,
@@ -96,12 +114,21 @@ def make_app(settings: Settings, dsn: str) -> web.Application:
             )
             yield
 
+    async def dividing(_: web.Application) -> AsyncIterator[None]:
+        assert fair_share is not None
+        task = asyncio.create_task(fair_share.run())
+        yield
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
     def note_cleanup(done: CleanupSummary) -> None:
         noted.cleanup_finished(
             done.packages_deleted, done.packages_failed, done.packages_waiting, done.bytes_freed
         )
 
     app.cleanup_ctx.extend([resources, measure, watch_jobs])
+    if fair_share is not None:
+        app.cleanup_ctx.append(dividing)
     if remote is not None:
         app.cleanup_ctx.append(provider_keys)
     app.on_response_prepare.append(count_answer)

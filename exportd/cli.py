@@ -40,6 +40,7 @@ from exportd.db.pool import DatabaseRefused, DatabaseUnavailable
 from exportd.db.rows import DownloadStatistics
 from exportd.db.statistics import find_statistics
 from exportd.http.sizes import LOWER_BOUNDS, SIZE_RANGES, format_size
+from exportd.limits.memory import make_shared_memory
 from exportd.packages.cleanup import (
     CleanupRefused,
     CleanupSummary,
@@ -139,9 +140,11 @@ def serve_command(config_file: Path | None, host: str | None, port: int | None, 
             log.error("settings_not_reloaded", problems=error.problems)
             return settings
 
+    # Before processes are forked: they count together.
+    shared = make_shared_memory(settings.server.workers)
     with _database(settings) as dsn:
         companion = _packer_command(config_file) if settings.packer.enabled else ()
-        status = _serve(settings, lambda: make_app(present_settings(), dsn), companion=companion)
+        status = _serve(settings, lambda: make_app(present_settings(), dsn, shared), companion=companion)
     sys.exit(status)
 
 

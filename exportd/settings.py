@@ -11,6 +11,7 @@ import types
 import typing
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
@@ -97,6 +98,13 @@ def _check_origin(value: str) -> str:
     return value
 
 
+def _check_network(value: str) -> str:
+    try:
+        return str(ip_network(value))
+    except ValueError as error:
+        raise ValueError("must be an address or a network, such as 10.0.0.0/8") from error
+
+
 def _empty_is_none(value: object) -> object:
     return None if value == "" else value
 
@@ -124,6 +132,8 @@ class ServerSettings(_Section):
     keepalive_timeout_seconds: Seconds = 75.0
     allowed_hosts: tuple[Annotated[str, AfterValidator(_check_host)], ...] = ()
     cors_origins: tuple[Annotated[str, AfterValidator(_check_origin)], ...] = ()
+    trusted_proxies: tuple[Annotated[str, AfterValidator(_check_network)], ...] = ()
+    forwarded_field: Literal["X-Forwarded-For", "Forwarded"] = "X-Forwarded-For"
     tls_cert: OptionalPath = None
     tls_key: OptionalPath = None
 
@@ -196,6 +206,7 @@ class DownloadSettings(_Section):
     slice_bytes: Annotated[int, Field(ge=4096, le=64 * 1024 * 1024)] = 524288
     max_ranges: Annotated[int, Field(ge=1, le=1000)] = 16
     max_rate_bytes_per_second: Annotated[int, Field(ge=0)] = 0
+    total_rate_bytes_per_second: Annotated[int, Field(ge=0)] = 0
     stall_timeout_seconds: Seconds = 60.0
     least_rate_bytes_per_second: Annotated[int, Field(ge=0)] = 0
     least_rate_window_seconds: Seconds = 60.0
@@ -212,6 +223,17 @@ class LinkSettings(_Section):
         if self.resume_seconds < self.start_seconds:
             raise ValueError("resume_seconds must not be less than start_seconds")
         return self
+
+
+class LimitSettings(_Section):
+    """What one person, or one address, may take; 0: anything."""
+
+    requests_per_minute_per_address: Annotated[int, Field(ge=0)] = 0
+    requests_per_minute_per_user: Annotated[int, Field(ge=0)] = 0
+    downloads_per_user: Annotated[int, Field(ge=0)] = 0
+    downloads_total: Annotated[int, Field(ge=0)] = 0
+    bytes_per_user_per_day: Annotated[int, Field(ge=0)] = 0
+    admins_exempt: bool = True
 
 
 class RetentionSettings(_Section):
@@ -251,6 +273,7 @@ class Settings(_Section):
     auth: AuthSettings = AuthSettings()
     download: DownloadSettings = DownloadSettings()
     links: LinkSettings = LinkSettings()
+    limits: LimitSettings = LimitSettings()
     retention: RetentionSettings = RetentionSettings()
     packer: PackerSettings = PackerSettings()
     logging: LoggingSettings = LoggingSettings()

@@ -107,7 +107,7 @@ async def test_the_page_lists_every_metric_with_type_and_labels(exposition: str)
 
 
 async def test_no_label_holds_what_a_client_or_a_job_brings(exposition: str) -> None:
-    allowed = {"route", "status", "reason", "method", "size", "state", "result", "version", "python"}
+    allowed = {"route", "status", "reason", "limit", "method", "size", "state", "result", "version", "python"}
     assert set().union(*labels_of(exposition).values()) == allowed
 
 

@@ -9,18 +9,27 @@ PACKAGE = Path(__file__).parent.parent / "exportd"
 
 # From the top down.
 ROOMS = (
-    "cli", "app", "server", "settings", "api", "auth", "delivery", "http", "packages", "db", "telemetry",
+    "cli", "app", "server", "settings", "api", "auth", "delivery", "limits", "http", "packages", "db",
+    "telemetry",
 )  # fmt: skip
 
 # Rooms below that a room must not reach for all the same.
 FORBIDDEN = {
-    "server": {"auth", "http", "delivery", "packages", "db"},
+    "server": {"auth", "http", "delivery", "limits", "packages", "db"},
     "http": {"delivery", "packages", "db", "telemetry"},
     "delivery": {"db", "telemetry"},
+    "limits": {"http", "packages", "db", "telemetry"},
 }
 
 # Pure modules: no aiohttp, no aiopg, no file system, no event loop.
-PURE = ("http/", "auth/permission.py", "auth/principal.py", "db/rows.py", "delivery/outcome.py")
+PURE = (
+    "http/",
+    "auth/permission.py",
+    "auth/principal.py",
+    "db/rows.py",
+    "delivery/outcome.py",
+    "limits/fairness.py",
+)
 IMPURE_LIBRARIES = {
     "aiohttp", "aiopg", "psycopg2", "asyncio", "os", "pathlib", "socket", "uvloop", "isal", "structlog",
 }  # fmt: skip

@@ -14,6 +14,7 @@ from exportd.api.errors import (
     LinkExpired,
     Unauthenticated,
 )
+from exportd.api.limits import LIMITER
 from exportd.api.middleware import METRICS
 from exportd.auth.principal import Principal
 from exportd.auth.tokens import InvalidToken, KeysUnavailable, Tokens
@@ -40,8 +41,8 @@ def requested_job_id(request: web.Request) -> UUID:
 
 
 async def authenticate(request: web.Request) -> Principal:
-    """The principal of the request's bearer token (RFC 6750). Raises Unauthenticated, and
-    IdentityProviderUnavailable where nobody can tell whether the token is good."""
+    """The principal of the request's bearer token (RFC 6750). Raises Unauthenticated,
+    RateLimited, and IdentityProviderUnavailable where nobody can tell whether the token is good."""
     fields = request.headers.getall("Authorization", [])
     if not fields:
         raise _unauthenticated(request, None, _CHALLENGE)
@@ -57,6 +58,7 @@ async def authenticate(request: web.Request) -> Principal:
         log.error("identity_provider_unavailable", error=str(error))
         raise IdentityProviderUnavailable from error
     structlog.contextvars.bind_contextvars(user_id=principal.user_id)
+    request.app[LIMITER].check_user(principal)
     return principal
 
 
@@ -68,7 +70,7 @@ def ticket_digest(ticket: str) -> bytes:
 async def find_requested_link(request: web.Request, job_id: UUID) -> Link | None:
     """The link by which the request comes, if it does: one whose ``ticket`` is for this job, and not revoked.
 
-    Its times are not looked at. Raises LinkExpired.
+    Its times are not looked at. Raises LinkExpired and RateLimited.
     """
     tickets = request.query.getall("ticket", [])
     if not tickets:
@@ -77,6 +79,7 @@ async def find_requested_link(request: web.Request, job_id: UUID) -> Link | None
     if link is None or link.job_id != job_id:
         raise refuse_link(request, "unknown")
     structlog.contextvars.bind_contextvars(user_id=link.user_id, by="link")
+    request.app[LIMITER].check_user(Principal(link.user_id, link.is_admin))
     if link.is_revoked:
         raise refuse_link(request, "revoked")
     return link

@@ -30,6 +30,7 @@ from exportd.api.errors import (
     RangeNotSatisfiable,
     StorageError,
 )
+from exportd.api.limits import CLIENT, LIMITER
 from exportd.api.middleware import METRICS, RECEIVED_AT, REQUEST_ID
 from exportd.auth.permission import Decision, decide_download
 from exportd.auth.principal import Principal
@@ -52,6 +53,7 @@ from exportd.http.validators import (
     wants_digest,
     whole_seconds,
 )
+from exportd.limits.board import Entry
 from exportd.packages.store import OpenPackage, PackageMissing, PackageStore, PackageUnusable
 
 log = structlog.get_logger()
@@ -230,6 +232,21 @@ async def _deliver(
     plan: Plan,
     segments: Sequence[Segment],
 ) -> web.StreamResponse:
+    await request.app[LIMITER].check_quota(request.app[DATABASE], principal)
+    with request.app[LIMITER].delivery(principal, job.job_id) as entry:
+        return await _deliver_recorded(request, response, principal, job, package, plan, segments, entry)
+
+
+async def _deliver_recorded(
+    request: web.Request,
+    response: web.StreamResponse,
+    principal: Principal,
+    job: Job,
+    package: OpenPackage,
+    plan: Plan,
+    segments: Sequence[Segment],
+    entry: Entry,
+) -> web.StreamResponse:
     progress = Progress()
     started_at, started = datetime.now(UTC), time.monotonic()
     ledger = request.app[LEDGER]
@@ -258,7 +275,7 @@ async def _deliver(
 
     log.debug("download_started", package_size_bytes=package.size_bytes, status=plan.status)
     with ledger.checkpoints(lambda: describe("running", None, None)):
-        delivery = await _deliver_counted(request, response, package, segments, progress)
+        delivery = await _deliver_counted(request, response, package, segments, progress, entry)
         event = describe(delivery.outcome, delivery.reason, delivery.method)
         _log_end(request, plan, delivery, event)
         recording = ledger.record(event)
@@ -274,13 +291,14 @@ async def _deliver_counted(
     package: OpenPackage,
     segments: Sequence[Segment],
     progress: Progress,
+    entry: Entry,
 ) -> Delivery:
     """As ``deliver``, with its start and its end in the metrics."""
     metrics = request.app[METRICS]
     metrics.download_started()
     try:
         delivery = await deliver(
-            request, response, package, segments, request.app[DELIVERY_OPTIONS], progress
+            request, response, package, segments, request.app[DELIVERY_OPTIONS], progress, entry
         )
     except BaseException:
         metrics.download_failed("defect")
@@ -341,7 +359,7 @@ def _log_end(request: web.Request, plan: Plan, delivery: Delivery, event: Downlo
         "first_byte_seconds": first_byte,
         "bytes_per_second": round(event.bytes_acknowledged / max(delivery.duration_seconds, 1e-6)),
         "method": delivery.method,
-        "client": request.remote,
+        "client": request[CLIENT],
         "user_agent": request.headers.get("User-Agent", "")[:_LONGEST_USER_AGENT],
     }
     match event.outcome:

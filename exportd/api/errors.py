@@ -130,6 +130,18 @@ class RangeNotSatisfiable(ApiError):
     status, code = HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE, "RANGE_NOT_SATISFIABLE"
 
 
+class RateLimited(ApiError):
+    """Too many requests or downloads; try again later"""
+
+    status, code = HTTPStatus.TOO_MANY_REQUESTS, "RATE_LIMITED"
+
+
+class QuotaExceeded(ApiError):
+    """No more can be downloaded today; try again later"""
+
+    status, code = HTTPStatus.TOO_MANY_REQUESTS, "QUOTA_EXCEEDED"
+
+
 class StorageError(ApiError):
     """The package cannot be read"""
 

@@ -25,6 +25,7 @@ from exportd.api.errors import (
     error_response,
 )
 from exportd.api.lifecycle import Lifecycle
+from exportd.api.limits import CLIENT, LIMITER, find_client
 from exportd.db.pool import DatabaseUnavailable
 from exportd.telemetry.metrics import Metrics
 
@@ -50,6 +51,7 @@ _PROBES = ("/healthz", "/readyz", "/metrics")
 async def edge(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Gives the request its id and turns whatever is raised into an error response."""
     request[RECEIVED_AT] = time.perf_counter()
+    request[CLIENT] = find_client(request)
     request_id = _request_id(request)
     request[REQUEST_ID] = request_id
     structlog.contextvars.clear_contextvars()
@@ -62,6 +64,7 @@ async def edge(request: web.Request, handler: Handler) -> web.StreamResponse:
                 raise ShuttingDown
             if request.path not in _PROBES:
                 _check_host(request)
+                request.app[LIMITER].check_address(request[CLIENT])
             preflight = answer_preflight(request)
             response = await handler(request) if preflight is None else preflight
         except ApiError as error:

@@ -9,6 +9,8 @@ import sys
 _SO_MAX_PACING_RATE = 47
 _UNLIMITED = 2**64 - 1
 _MOST_UNSENT_BYTES = 1024 * 1024
+# The rate may have changed meanwhile.
+_LONGEST_WAIT_SECONDS = 0.25
 
 
 def pace_by_kernel(connection: int, rate_bytes_per_second: int) -> bool:
@@ -43,17 +45,27 @@ def _set_option(connection: int, level: int, option: int, value: bytes) -> bool:
 
 
 class Pacer:
-    """Keeps a rate by waiting, for where the kernel does not: call ``pace`` after each chunk."""
+    """Keeps a rate by waiting, for where the kernel does not: call ``pace`` after each chunk.
 
-    def __init__(self, rate_bytes_per_second: int) -> None:
+    ``rate`` (bytes a second) may be changed at any time.
+    """
+
+    def __init__(self, rate: int) -> None:
         self._loop = asyncio.get_running_loop()
-        self._rate = rate_bytes_per_second
-        self._due = self._loop.time()
+        self.rate = rate
+        self._ahead = 0.0
+        self._looked_at = self._loop.time()
 
     async def pace(self, sent_bytes: int) -> None:
         """Waits until ``sent_bytes`` more are within the rate."""
-        now = self._loop.time()
+        self._look()
         # What a stalled client did not use is not saved up for a burst.
-        self._due = max(self._due, now - 0.1) + sent_bytes / self._rate
-        if self._due > now:
-            await asyncio.sleep(self._due - now)
+        self._ahead = max(self._ahead, -0.1 * self.rate) + sent_bytes
+        while self._ahead >= 1:
+            await asyncio.sleep(min(self._ahead / self.rate, _LONGEST_WAIT_SECONDS))
+            self._look()
+
+    def _look(self) -> None:
+        now = self._loop.time()
+        self._ahead -= (now - self._looked_at) * self.rate
+        self._looked_at = now

@@ -5,34 +5,41 @@ connection short of the promised length, which every client notices, and nothing
 """
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.web import Request, StreamResponse
 
 from exportd.delivery.chunks import send_by_chunks
+from exportd.delivery.fair_share import FairShare
 from exportd.delivery.outcome import Delivery, DeliveryAborted, Observer, PackageUnreadable, Progress
 from exportd.delivery.pacing import Pacer, limit_unsent, pace_by_kernel
 from exportd.delivery.sendfile import SendfileUnsupported, send_by_sendfile
 from exportd.delivery.watch import Patience, Watch
 from exportd.http.body import Segment
 from exportd.http.ranges import ByteRange
+from exportd.limits.board import Entry
 from exportd.packages.store import OpenPackage, PackageChanged
 
 # Below this a socket's buffer takes all of a package anyway.
 _LARGE_BYTES = 1024 * 1024
+# Until a share is known.
+_UNPACED = 2**40
 
 
 @dataclass(frozen=True, slots=True)
 class DeliveryOptions:
-    """``sendfile``: use it where it is possible; sizes are in bytes; a rate of 0 is no limit."""
+    """``sendfile``: use it where it is possible; sizes are in bytes; a rate of 0 is no limit, and so is no
+    ``fair_share``."""
 
     sendfile: bool
     slice_bytes: int
     chunk_size: int
     max_rate_bytes_per_second: int
+    fair_share: FairShare | None
     patience: Patience
     observer: Observer
 
@@ -44,16 +51,18 @@ async def deliver(
     segments: Sequence[Segment],
     options: DeliveryOptions,
     progress: Progress,
+    entry: Entry,
 ) -> Delivery:
     """Sends ``response``'s headers and, as its body, ``segments``: ranges of the package, and literal bytes.
 
-    Ends when the other side has acknowledged everything. ``progress`` is kept up to date meanwhile.
+    Ends when the other side has acknowledged everything. ``progress`` is kept up to date meanwhile. ``entry``
+    tells whose share of a total rate is used.
 
     Never raises for what a client or a disk does; the connection is aborted unless every byte went out.
     Cancellation (at shutdown) is an outcome too, and the caller's to raise again once it is recorded.
     """
     started = time.monotonic()
-    sending = _Sending(request, response, package, options, progress)
+    sending = _Sending(request, response, package, options, progress, entry)
     outcome, reason = "completed", None
     try:
         await sending.send(segments)
@@ -93,6 +102,7 @@ class _Sending:
         package: OpenPackage,
         options: DeliveryOptions,
         progress: Progress,
+        entry: Entry,
     ) -> None:
         self.first_byte_at: float | None = None
         self.progress = progress
@@ -100,6 +110,7 @@ class _Sending:
         self._response = response
         self._package = package
         self._options = options
+        self._entry = entry
         self._transport = request.transport
         self.by_kernel = (
             options.sendfile
@@ -112,8 +123,7 @@ class _Sending:
         transport = self._transport
         if transport is None or transport.is_closing():
             raise DeliveryAborted("client disconnected")
-        with Watch(transport, self.progress, self._options.patience) as watch:
-            pacer = self._limit_rate(watch)
+        with Watch(transport, self.progress, self._options.patience) as watch, self._paced(watch) as pacer:
             if self._package.size_bytes > _LARGE_BYTES:
                 limit_unsent(watch.connection)
             try:
@@ -129,9 +139,6 @@ class _Sending:
                 raise DeliveryAborted(watch.reason or str(error) or "client disconnected") from error
             except DeliveryAborted as error:
                 raise DeliveryAborted(watch.reason or str(error)) from error
-            finally:
-                if self._options.max_rate_bytes_per_second:
-                    pace_by_kernel(watch.connection, 0)
         try:
             # Until the last byte was acknowledged, the socket held the file's own pages.
             self._package.check_unchanged()
@@ -144,13 +151,31 @@ class _Sending:
         if self._transport is not None:
             self._transport.abort()
 
-    def _limit_rate(self, watch: Watch) -> Pacer | None:
-        """Keeps the limit by the kernel; where it cannot, by chunks and a pacer."""
-        rate = self._options.max_rate_bytes_per_second
-        if not rate or pace_by_kernel(watch.connection, rate):
-            return None
-        self.by_kernel = False
-        return Pacer(rate)
+    @contextlib.contextmanager
+    def _paced(self, watch: Watch) -> Iterator[Pacer | None]:
+        """Keeps the limits by the kernel while the block lasts; where it cannot, by chunks and a pacer."""
+        most, fair_share = self._options.max_rate_bytes_per_second, self._options.fair_share
+        if not most and fair_share is None:
+            yield None
+            return
+        pacer = None
+        if not pace_by_kernel(watch.connection, most):
+            self.by_kernel = False
+            pacer = Pacer(most or _UNPACED)
+
+        def set_rate(rate: int) -> None:
+            rate = min(rate, most) if most else rate
+            if pacer is None:
+                pace_by_kernel(watch.connection, rate)
+            else:
+                pacer.rate = rate
+
+        with contextlib.ExitStack() as stack:
+            if fair_share is not None:
+                stack.enter_context(fair_share.member(self._entry, watch.acknowledged, set_rate))
+            yield pacer
+        if pacer is None:
+            pace_by_kernel(watch.connection, 0)
 
     async def _send_headers(self, transport: asyncio.Transport) -> AbstractStreamWriter:
         if self.by_kernel:

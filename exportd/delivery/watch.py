@@ -73,6 +73,11 @@ class Watch:
         """The socket's descriptor."""
         return self._connection
 
+    def acknowledged(self) -> int:
+        """How many bytes of the package the other side's kernel has, as of now."""
+        self._count_acknowledged()
+        return self._progress.bytes_acknowledged
+
     async def wait_until_writable(self) -> None:
         """Raises DeliveryAborted when it is no use waiting any longer."""
         waiter = self._waiter = self._loop.create_future()

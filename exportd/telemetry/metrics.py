@@ -47,6 +47,10 @@ _LAGS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
 _FLUSHES = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _REFUSALS = ("no_token", "bad_token", "bad_link", "not_permitted")
 _CONNECTION_REFUSALS = ("malformed", "slow_head", "large_head", "too_many")
+LIMITS = (
+    "requests_per_minute_per_address", "requests_per_minute_per_user", "downloads_per_user",
+    "downloads_total", "bytes_per_user_per_day",
+)  # fmt: skip
 _CLEANUP_RESULTS = ("deleted", "failed", "waiting")
 _GROUPS = (1, 2, 5, 10, 20, 50, 100, 200, 500)
 
@@ -163,6 +167,9 @@ class Metrics:
             ("reason",),
             _CONNECTION_REFUSALS,
         )
+        self._limits_hit = self._counts(
+            "limits_hit_total", "Requests refused because of a limit", ("limit",), LIMITS
+        )
         self._cleaned = self._counts(
             "cleanup_packages_total", "Expired packages that cleanups met", ("result",), _CLEANUP_RESULTS
         )
@@ -211,6 +218,10 @@ class Metrics:
     def connection_refused(self, reason: str) -> None:
         """A connection was closed for what came over it, or did not come."""
         self._connections_refused.add(reason)
+
+    def limit_hit(self, limit: str) -> None:
+        """A request was more than the limit of that name allows."""
+        self._limits_hit.add(limit)
 
     def download_started(self) -> None:
         """A delivery begins; ``download_completed`` or ``download_failed`` must follow."""

@@ -8,7 +8,7 @@ import psycopg2
 import pytest
 from psycopg2.extras import register_uuid
 
-from exportd.db import downloads, job_details, jobs, links, packing, statistics
+from exportd.db import downloads, job_details, jobs, links, packing, quota, statistics
 from exportd.db.expiry import _FIND_UNFINISHED, TAKE_EXPIRED
 from tests.support.postgres import query
 
@@ -77,6 +77,7 @@ STATEMENTS: dict[str, tuple[str, Any]] = {
     "statistics: sizes": (statistics._SUM_BY_SIZE, STATISTICS),
     "statistics: failures": (statistics._COUNT_FAILURES, STATISTICS),
     "statistics: recent": (statistics._LIST_RECENT, STATISTICS),
+    "the last day's bytes": (quota.REACH_QUOTA, {"user_id": "user-5", "limit": 10**9}),
     "a link": (links.FIND_LINK, (b"x" * 32,)),
     "links of a job": (links.REVOKE_LINKS, {"job_id": JOB, "user_id": None}),
     "old links": (links.PRUNE_LINKS, ()),

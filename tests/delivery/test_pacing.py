@@ -55,20 +55,19 @@ async def test_where_the_kernel_cannot_chunks_keep_the_rate(
     monkeypatch.setattr(response, "pace_by_kernel", lambda *_: False)
     waits: list[float] = []
 
-    async def noting(delay: float, *arguments: object) -> None:
+    async def noting(delay: float) -> None:
         waits.append(delay)
         await asyncio.sleep(0)
 
-    # In this module only: the daemon's own measurements sleep too.
-    module = SimpleNamespace(sleep=noting, get_running_loop=asyncio.get_running_loop)
+    # In this module only, and by a clock that only its own waits move on.
+    module = SimpleNamespace(sleep=noting, get_running_loop=lambda: SimpleNamespace(time=lambda: sum(waits)))
     monkeypatch.setattr(pacing, "asyncio", module)
     with structlog.testing.capture_logs() as logs:
         async with client.get(package.url, headers=ANN) as answer:
             assert await answer.read() == package.content
         await until_idle(client)
     assert next(entry for entry in logs if entry["event"] == "download_completed")["method"] == "chunks"
-    # One second's worth in ten: the last chunk is due about a tenth of a second after the first.
-    assert 0.05 < max(waits) <= 0.1
+    assert sum(waits) == pytest.approx(0.1, rel=1e-3)
 
 
 def test_a_system_without_the_option_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,124 @@
+"""Limits against abuse, as answers: 429 with when to try again."""
+
+import contextlib
+import math
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from uuid import UUID
+
+import structlog
+from aiohttp import web
+
+from exportd.api.errors import ApiError, QuotaExceeded, RateLimited
+from exportd.auth.principal import Principal
+from exportd.db.pool import Database
+from exportd.db.quota import seconds_until_within_quota
+from exportd.http.forwarded import Network, client_address, forwarded_addresses, subscriber
+from exportd.limits.board import Board, Entry
+from exportd.limits.rates import Rates
+from exportd.telemetry.metrics import Metrics
+
+log = structlog.get_logger()
+
+# Nobody knows when a download ends.
+_DOWNLOAD_RETRY_SECONDS = 10
+
+CLIENT = web.RequestKey("client", str)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What is allowed; 0: anything."""
+
+    requests_per_minute_per_address: int
+    requests_per_minute_per_user: int
+    downloads_per_user: int
+    downloads_total: int
+    bytes_per_user_per_day: int
+    admins_exempt: bool
+
+
+class Limiter:
+    """Holds the limits against what the processes of this daemon, and the database, have counted."""
+
+    def __init__(self, limits: Limits, rates: Rates, board: Board, metrics: Metrics) -> None:
+        self._limits = limits
+        self._rates = rates
+        self._board = board
+        self._metrics = metrics
+
+    def check_address(self, client: str) -> None:
+        """Counts a request from the client's address. Raises RateLimited."""
+        limit = self._limits.requests_per_minute_per_address
+        who = f"address {subscriber(client)}"
+        if limit and (wait := self._rates.take(who, limit)):
+            raise self._refuse(RateLimited, "requests_per_minute_per_address", who, wait)
+
+    def check_user(self, principal: Principal) -> None:
+        """Counts a request of the principal. Raises RateLimited."""
+        limit = 0 if self._is_exempt(principal) else self._limits.requests_per_minute_per_user
+        who = f"user {principal.user_id}"
+        if limit and (wait := self._rates.take(who, limit)):
+            raise self._refuse(RateLimited, "requests_per_minute_per_user", who, wait)
+
+    async def check_quota(self, database: Database, principal: Principal) -> None:
+        """Raises QuotaExceeded where the principal's last day has no byte left. A download that has begun
+        goes on to its end."""
+        limit = 0 if self._is_exempt(principal) else self._limits.bytes_per_user_per_day
+        if limit:
+            wait = await seconds_until_within_quota(database, principal.user_id, limit)
+            if wait is not None:
+                who = f"user {principal.user_id}"
+                raise self._refuse(QuotaExceeded, "bytes_per_user_per_day", who, wait)
+
+    @contextlib.contextmanager
+    def delivery(self, principal: Principal, job_id: UUID) -> Iterator[Entry]:
+        """Counts a delivery while it runs; several of one job to one principal are one download.
+
+        It is seen before it is judged, so of two that take the last place at the same moment none or one gets
+        it, and never both. Raises RateLimited.
+        """
+        with self._board.entry(principal.user_id, str(job_id)) as entry:
+            most, most_in_all = self._limits.downloads_per_user, self._limits.downloads_total
+            if (most or most_in_all) and not self._is_exempt(principal):
+                of_user, in_all = self._board.count_downloads(entry)
+                who = f"user {principal.user_id}"
+                if most and of_user > most:
+                    raise self._refuse(RateLimited, "downloads_per_user", who, _DOWNLOAD_RETRY_SECONDS)
+                if most_in_all and in_all > most_in_all:
+                    raise self._refuse(RateLimited, "downloads_total", who, _DOWNLOAD_RETRY_SECONDS)
+            yield entry
+
+    def _is_exempt(self, principal: Principal) -> bool:
+        return principal.is_admin and self._limits.admins_exempt
+
+    def _refuse(self, kind: type[ApiError], limit: str, who: str, seconds: float) -> ApiError:
+        self._metrics.limit_hit(limit)
+        # Whoever hammers at a limit must not fill the log with it.
+        if not self._rates.take(f"log {limit} {who}", 1):
+            log.warning("limit_hit", limit=limit, who=who)
+        wait = max(1, math.ceil(seconds))
+        return kind(extra={"limit": limit, "retryAfterSeconds": wait}, headers={"Retry-After": str(wait)})
+
+
+LIMITER = web.AppKey("limiter", Limiter)
+
+
+@dataclass(frozen=True, slots=True)
+class Proxies:
+    """Who may say for whom it asks, and in which field."""
+
+    trusted: Collection[Network]
+    field: str
+
+
+PROXIES = web.AppKey("proxies", Proxies)
+
+
+def find_client(request: web.Request) -> str:
+    """The client's address, as far as trusted proxies tell it."""
+    peer, proxies = request.remote or "", request.app[PROXIES]
+    if not proxies.trusted:
+        return peer
+    fields = request.headers.getall(proxies.field, [])
+    return client_address(peer, forwarded_addresses(proxies.field, fields), proxies.trusted)

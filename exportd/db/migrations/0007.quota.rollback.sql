@@ -1,0 +1,1 @@
+DROP INDEX IF EXISTS download_events_by_user;

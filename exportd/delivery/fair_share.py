@@ -1,0 +1,94 @@
+"""A total rate, divided among users by what they can take, however many connections each opens.
+
+Four times a second every process looks at how much its connections took and tells the others (the board); all
+come to the same division, and each applies it to its own connections.
+"""
+
+import asyncio
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from exportd.limits.board import Board, Entry
+from exportd.limits.fairness import share_by_group
+
+_LOOK_SECONDS = 0.25
+# A connection that takes less than this part of its rate cannot take more; it is offered a little more than
+# it takes, to find out when it can.
+_CONTENT = 0.75
+_HEADROOM = 1.3
+_LEAST_PART = 0.01
+# Clients read in bursts: what they take is averaged over a second and a half or so.
+_SMOOTHING = 0.15
+# A new connection is given time to show what it can take: TCP starts slowly.
+_GRACE_LOOKS = 12
+
+
+@dataclass(eq=False, slots=True)
+class _Member:
+    entry: Entry
+    acknowledged: Callable[[], int]
+    set_rate: Callable[[int], None]
+    taken_before: int
+    takes: float = 0.0
+    rate: float = math.inf
+    looks: int = 0
+
+
+class FairShare:
+    """Keeps the deliveries of this process at their shares."""
+
+    def __init__(self, total_bytes_per_second: int, board: Board) -> None:
+        self._total = total_bytes_per_second
+        self._board = board
+        self._members: dict[Entry, _Member] = {}
+
+    @contextlib.contextmanager
+    def member(
+        self, entry: Entry, acknowledged: Callable[[], int], set_rate: Callable[[int], None]
+    ) -> Iterator[None]:
+        """A delivery that takes part while the block lasts.
+
+        ``acknowledged`` tells how many bytes the other side has; ``set_rate`` is called with bytes a second,
+        at once and whenever they change.
+        """
+        self._members[entry] = _Member(entry, acknowledged, set_rate, acknowledged())
+        self._divide()
+        try:
+            yield
+        finally:
+            del self._members[entry]
+            self._divide()
+
+    async def run(self) -> None:
+        """Looks until it is cancelled."""
+        loop = asyncio.get_running_loop()
+        before = loop.time()
+        while True:
+            await asyncio.sleep(_LOOK_SECONDS)
+            now = loop.time()
+            self._look(now - before)
+            before = now
+
+    def _look(self, seconds: float) -> None:
+        for member in self._members.values():
+            taken = member.acknowledged()
+            member.takes += _SMOOTHING * ((taken - member.taken_before) / seconds - member.takes)
+            member.taken_before, member.looks = taken, member.looks + 1
+            if member.looks <= _GRACE_LOOKS or member.takes >= _CONTENT * member.rate:
+                member.entry.demand = math.inf
+            else:
+                member.entry.demand = member.takes * _HEADROOM + self._total * _LEAST_PART
+            self._board.publish(member.entry)
+        self._divide()
+
+    def _divide(self) -> None:
+        own = list(self._members)
+        everybody = [(entry.user, entry.demand) for entry in own + self._board.others()]
+        for entry, rate in zip(own, share_by_group(self._total, everybody), strict=False):
+            member = self._members[entry]
+            # A few per cent are not worth a system call.
+            if abs(rate - member.rate) > 0.02 * rate or not math.isfinite(member.rate):
+                member.set_rate(max(1, round(rate)))
+                member.rate = rate

@@ -1,0 +1,111 @@
+"""A total rate is shared by people, however many connections each opens. Ratios of bytes, never times."""
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.application import Jobs, bearer
+from tests.support.daemon import Daemon, Exportd, wait_for
+from tests.support.postgres import query
+from tests.support.programs import require
+
+RATE = 20_000_000
+SIZE = 2_000_000_000
+
+
+@pytest.fixture
+def jobs(exportd: Exportd) -> Jobs:
+    exportd.storage.mkdir(parents=True)
+    return Jobs(exportd.dsn, exportd.storage)
+
+
+def serve(exportd: Exportd, way: str, workers: int) -> Daemon:
+    return exportd.serve(
+        "--workers",
+        workers,
+        EXPORTD_DOWNLOAD__TOTAL_RATE_BYTES_PER_SECOND=str(RATE),
+        EXPORTD_DOWNLOAD__SENDFILE=str(way == "sendfile").lower(),
+    )
+
+
+class Client:
+    """A program that downloads a package of a user's own."""
+
+    def __init__(self, jobs: Jobs, daemon: Daemon, folder: Path, user: str, *command: str) -> None:
+        package = jobs.add(user_id=user)
+        with package.file.open("wb") as file:
+            file.truncate(SIZE)
+        query(
+            jobs.dsn,
+            "UPDATE export_jobs SET package_size_bytes = %s, package_sha256 = NULL WHERE job_id = %s",
+            (SIZE, package.job_id),
+        )
+        self._file = folder / f"{user}.gz"
+        self.process = subprocess.Popen(
+            [*command, "-o", f"{user}.gz", f"{daemon.url}{package.url}"],
+            cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+
+    def taken(self) -> int:
+        """Bytes on disk so far."""
+        return self._file.stat().st_blocks * 512 if self._file.exists() else 0
+
+
+def measure(clients: list[Client], settling_bytes: int = 4 * RATE) -> list[int]:
+    """What each takes meanwhile, once all are under way. A new connection begins with more than its share:
+    the kernel does not pace its first ten segments, which on loopback have 64 KiB each."""
+
+    def total() -> int:
+        return sum(client.taken() for client in clients)
+
+    wait_for("all to be under way", lambda: all(client.taken() > RATE // 20 for client in clients))
+    begun = total()
+    wait_for("the beginning to be over", lambda: total() > begun + settling_bytes)
+    before = [client.taken() for client in clients]
+    wait_for("some seconds' worth", lambda: total() > sum(before) + 4 * RATE)
+    return [client.taken() - taken for client, taken in zip(clients, before, strict=True)]
+
+
+def header(user: str) -> str:
+    return f"Authorization: {bearer(user)['Authorization']}"
+
+
+@pytest.fixture
+def clients() -> Iterator[list[Client]]:
+    running: list[Client] = []
+    yield running
+    for client in running:
+        client.process.kill()
+        client.process.wait()
+
+
+@pytest.mark.parametrize(("way", "workers"), [("sendfile", 1), ("chunks", 1), ("sendfile", 2)])
+def test_sixteen_connections_get_no_more_than_one(
+    exportd: Exportd, jobs: Jobs, tmp_path: Path, clients: list[Client], way: str, workers: int
+) -> None:
+    curl, aria2 = require("curl"), require("aria2c")
+    daemon = serve(exportd, way, workers)
+    clients += [
+        Client(jobs, daemon, tmp_path, "ann", aria2, "-q", "-x16", "-s16", "-k1M", "--file-allocation=none",
+               "--disk-cache=0",
+               "--header", header("ann")),
+        Client(jobs, daemon, tmp_path, "eve", curl, "-s", "-H", header("eve")),
+    ]  # fmt: skip
+    anns, eves = measure(clients)
+    assert anns == pytest.approx(eves, rel=0.1)
+
+
+def test_what_a_slow_one_does_not_take_goes_to_the_others(
+    exportd: Exportd, jobs: Jobs, tmp_path: Path, clients: list[Client]
+) -> None:
+    curl = require("curl")
+    daemon = serve(exportd, "sendfile", 1)
+    clients += [
+        Client(jobs, daemon, tmp_path, "slow", curl, "-s", "--limit-rate", "2M", "-H", header("slow")),
+        Client(jobs, daemon, tmp_path, "fast", curl, "-s", "-H", header("fast")),
+    ]
+    slow, fast = measure(clients, 8 * RATE)
+    # Equal shares, one of them hardly used, would make it five to one.
+    assert fast > 7 * slow
