@@ -93,6 +93,7 @@ def serve(
             return _DrainingRunner(make_app(), drain_timeout_seconds, limits)
 
         def started() -> None:
+            _notify("READY=1")
             log.info("server_started", url=url, workers=workers)
             on_started(url)
 
@@ -144,6 +145,7 @@ class _DrainingRunner(web.AppRunner):
     async def _drain(self) -> None:
         lifecycle = self.app[LIFECYCLE]
         lifecycle.is_draining = True
+        _notify("STOPPING=1")
         log.info("server_draining", timeout_seconds=self._drain_timeout_seconds)
         for site in list(self.sites):
             await site.stop()
@@ -190,7 +192,15 @@ def _serve_by_workers(
     drain_timeout_seconds: float,
     started: Callable[[], None],
 ) -> int:
+    # A worker that is told to stop before it can hear it would not: it runs gunicorn's own handlers, and then
+    # none, until its loop does. So signals wait for that.
+    os.register_at_fork(
+        before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS),
+        after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS),
+    )
+
     async def load() -> web.AppRunner:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         return make_runner()
 
     stopping_seconds = int(drain_timeout_seconds + _ABORT_SECONDS) + 1
@@ -274,6 +284,14 @@ def _accompanied(command: Sequence[str]) -> Iterator[None]:
         thread.join(_COMPANION_SECONDS)
         for process in present:
             process.kill()
+
+
+def _notify(state: str) -> None:
+    """Tells systemd, where it asked to be told (sd_notify(3))."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if address.startswith(("/", "@")):
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifier:
+            notifier.sendto(state.encode(), address.replace("@", "\0", 1) if address[0] == "@" else address)
 
 
 def _room_for_connections() -> int:

@@ -5,6 +5,7 @@ import http.client
 import os
 import random
 import signal
+import urllib.request
 from pathlib import Path
 
 import psutil
@@ -143,3 +144,12 @@ def test_workers_share_the_embedded_database_and_the_parent_stops_it(
         assert not pid_file.exists()
     finally:
         exportd.close()
+
+
+def test_workers_that_have_hardly_begun_hear_that_they_shall_stop(exportd: Exportd) -> None:
+    for _ in range(3):
+        daemon = exportd.serve("--workers", 3, EXPORTD_SERVER__DRAIN_TIMEOUT_SECONDS="1000")
+        with urllib.request.urlopen(f"{daemon.url}/healthz") as response:
+            assert response.status == 200
+        # The others may be on their way still.
+        assert daemon.stop() == 0

@@ -4,6 +4,7 @@ import resource
 import socket
 import stat
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -180,3 +181,50 @@ def test_a_file_that_may_not_be_read_is_an_outage_not_a_missing_package() -> Non
                 PackageStore(root).open("a.tar.gz", None)
         finally:
             os.seteuid(uid)
+
+
+@pytest.mark.parametrize(
+    "name", ["x" * 255, "x" * 256, "x" * 5000, "y/" * 2100 + "a", "\udcff\udcfe", "\u202e.gz"]
+)
+def test_a_strange_name_is_missing_or_refused(store: PackageStore, name: str) -> None:
+    before = open_descriptors()
+    with pytest.raises((PackageMissing, PackageUnusable)):
+        store.open(name, None)
+    assert open_descriptors() == before
+
+
+@pytest.mark.parametrize("level", ["year", "year/month", "year/month/b.tar.gz"])
+def test_a_link_that_is_swapped_in_meanwhile_is_never_followed(
+    store: PackageStore, storage: Path, tmp_path: Path, level: str
+) -> None:
+    """Another thread swaps the real thing and a link to the outside as fast as it can."""
+    outside = tmp_path / "outside"
+    (outside / "month").mkdir(parents=True)
+    for path in (outside / "month" / "b.tar.gz", outside / "b.tar.gz"):
+        path.write_bytes(b"a secret!")
+    target = {"year": outside, "year/month": outside, "year/month/b.tar.gz": outside / "b.tar.gz"}[level]
+    link, spare = storage / "link", storage / "spare"
+    link.symlink_to(target)
+    is_over = threading.Event()
+
+    def swap() -> None:
+        while not is_over.is_set():
+            (storage / level).rename(spare)
+            link.rename(storage / level)
+            (storage / level).rename(link)
+            spare.rename(storage / level)
+
+    thread = threading.Thread(target=swap)
+    thread.start()
+    opened = refused = 0
+    try:
+        while opened < 200 or refused < 200:
+            try:
+                with store.open("year/month/b.tar.gz", None) as package:
+                    assert os.pread(package.descriptor, 100, 0) == CONTENT
+                    opened += 1
+            except (PackageMissing, PackageUnusable):
+                refused += 1
+    finally:
+        is_over.set()
+        thread.join()
