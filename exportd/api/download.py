@@ -49,9 +49,9 @@ from exportd.http.validators import (
     entity_tag,
     http_date,
     identity_tag,
+    last_modified,
     repr_digest,
     wants_digest,
-    whole_seconds,
 )
 from exportd.limits.board import Entry
 from exportd.packages.store import OpenPackage, PackageMissing, PackageStore, PackageUnusable
@@ -173,8 +173,7 @@ def _describe(job: Job, package: OpenPackage) -> Representation:
     else:
         etag = entity_tag(job.package_sha256)
     modified = job.completed_at or datetime.fromtimestamp(package.modified_ns // 10**9, UTC)
-    # Never later than Date: a client could not use it (RFC 9110, section 8.8.2.1).
-    return Representation(package.size_bytes, etag, whole_seconds(min(modified, job.read_at)))
+    return Representation(package.size_bytes, etag, last_modified(modified, job.read_at))
 
 
 def _request_fields(request: web.Request) -> RequestFields:

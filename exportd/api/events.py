@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import hashlib
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Collection, Iterator
 from uuid import UUID
 
 import orjson
@@ -16,6 +16,7 @@ import structlog
 from aiohttp import web
 
 from exportd.api.access import DATABASE, authenticate, refuse, requested_job_id
+from exportd.api.download import LEDGER
 from exportd.api.errors import JobNotFound
 from exportd.api.jobs import describe_job
 from exportd.api.middleware import LIFECYCLE
@@ -24,9 +25,12 @@ from exportd.db.job_details import (
     JobDetails,
     RunningDownload,
     find_details,
+    find_progress,
     find_running_downloads,
 )
+from exportd.db.ledger import DownloadLedger
 from exportd.db.pool import Database, DatabaseRefused, DatabaseUnavailable
+from exportd.db.rows import DownloadEvent
 
 log = structlog.get_logger()
 
@@ -43,14 +47,17 @@ class Watch:
         self.job_id = job_id
         self.details: JobDetails | None = None
         self.downloads: list[RunningDownload] = []
+        # What each user has of the package, of deliveries that ended.
+        self.received: dict[str, int] = {}
         self.changed = asyncio.Event()
 
 
 class JobHub:
     """Looks at the jobs that are watched. Idle while none is."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, ledger: DownloadLedger) -> None:
         self._database = database
+        self._ledger = ledger
         self._watches: set[Watch] = set()
         self._is_watched = asyncio.Event()
 
@@ -72,29 +79,52 @@ class JobHub:
         while True:
             await self._is_watched.wait()
             try:
-                await self._look()
+                await self.look(self._watches)
             except (DatabaseUnavailable, DatabaseRefused) as error:
                 # Readers keep what they have; it goes on when the database is back.
                 log.warning("job_events_delayed", error=str(error))
             await asyncio.sleep(_LOOK_SECONDS)
 
-    async def _look(self) -> None:
-        watched = list({watch.job_id for watch in self._watches})
+    async def look(self, watches: Collection[Watch]) -> None:
+        """Brings those views up to date. Raises DatabaseUnavailable."""
+        watched = list({watch.job_id for watch in watches})
+        # In this order: one that ends meanwhile may seem to run for a moment longer, and never to have ended
+        # with nothing to show for it. This process's own are known to the moment, and before they are rows.
+        own = [_as_it_runs(event) for event in self._ledger.running(watched)]
+        written = await find_running_downloads(self._database, watched)
+        await self._ledger.finish_recording()
+        progress = await find_progress(self._database, watched)
         found = await find_details(self._database, watched)
-        downloads = await find_running_downloads(self._database, watched)
-        for watch in self._watches:
+        downloads = {item.event_id: item for item in [*written, *own]}.values()
+        for watch in watches:
             if watch.job_id in watched:
                 watch.details = found.get(watch.job_id)
                 watch.downloads = [item for item in downloads if item.job_id == watch.job_id]
+                watch.received = {
+                    user_id: received
+                    for (job_id, user_id), received in progress.items()
+                    if job_id == watch.job_id
+                }
                 watch.changed.set()
+
+
+def _as_it_runs(event: DownloadEvent) -> RunningDownload:
+    return RunningDownload(
+        event.event_id,
+        event.job_id,
+        event.user_id,
+        event.started_at,
+        event.bytes_requested,
+        event.bytes_acknowledged,
+    )
 
 
 HUB = web.AppKey("job_hub", JobHub)
 
 
 async def watch_jobs(app: web.Application) -> AsyncIterator[None]:
-    """Runs the hub while the application runs. Needs the database."""
-    app[HUB] = JobHub(app[DATABASE])
+    """Runs the hub while the application runs. Needs the database and the ledger."""
+    app[HUB] = JobHub(app[DATABASE], app[LEDGER])
     task = asyncio.create_task(app[HUB].run())
     yield
     task.cancel()
@@ -121,10 +151,11 @@ async def job_events(request: web.Request) -> web.StreamResponse:
         }
     )
     response.force_close()
-    await response.prepare(request)
     with request.app[HUB].watch(job_id) as watch:
-        watch.details = details
+        # What is told first is whole: readers measure by it what comes after.
+        await request.app[HUB].look([watch])
         with contextlib.suppress(ConnectionResetError):
+            await response.prepare(request)
             await _send_changes(request, response, watch, principal.user_id, principal.expires_at)
     return response
 
@@ -137,7 +168,7 @@ async def _send_changes(
     await response.write(f"retry: {_RETRY_MILLISECONDS}\n\n".encode())
     written_at = time.monotonic()
     while watch.details is not None and not lifecycle.is_draining and time.time() < expires_at:
-        state = orjson.dumps(_describe(watch.details, watch.downloads, user_id))
+        state = orjson.dumps(_describe(watch, watch.details, user_id))
         state_id = hashlib.sha256(state).hexdigest()[:16]
         line = None
         if state_id != last_id:
@@ -162,8 +193,9 @@ async def _send_changes(
                 await watch.changed.wait()
 
 
-def _describe(details: JobDetails, downloads: list[RunningDownload], user_id: str) -> dict[str, object]:
+def _describe(watch: Watch, details: JobDetails, user_id: str) -> dict[str, object]:
     return describe_job(details) | {
+        "bytesReceived": watch.received.get(user_id, 0),
         "downloads": [
             {
                 "downloadId": item.event_id,
@@ -171,7 +203,7 @@ def _describe(details: JobDetails, downloads: list[RunningDownload], user_id: st
                 "bytesRequested": item.bytes_requested,
                 "bytesAcknowledged": item.bytes_acknowledged,
             }
-            for item in downloads
+            for item in watch.downloads
             if item.user_id == user_id
-        ]
+        ],
     }

@@ -29,7 +29,9 @@ from exportd.db.job_details import (
     lock_details,
 )
 from exportd.db.pool import DatabaseRefused, Session
+from exportd.http.content_disposition import package_filename
 from exportd.http.sizes import format_size
+from exportd.http.validators import last_modified
 from exportd.packages.store import PackageMissing, PackageStore, PackageUnusable
 
 log = structlog.get_logger()
@@ -134,6 +136,8 @@ def describe_job(details: JobDetails) -> dict[str, object]:
             "sizeBytes": job.package_size_bytes,
             "size": None if job.package_size_bytes is None else format_size(job.package_size_bytes),
             "sha256": job.package_sha256,
+            "fileName": job.completed_at
+            and package_filename(job.tool_name, last_modified(job.completed_at, job.read_at).date()),
             "expiresAt": job.package_expires_at,
         },
     }

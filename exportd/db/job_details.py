@@ -65,6 +65,12 @@ SELECT event_id, job_id, user_id, started_at,
  ORDER BY started_at
 """
 
+FIND_PROGRESS = """
+SELECT job_id, user_id, (SELECT sum(upper(part) - lower(part)) FROM unnest(received) AS part)::bigint
+  FROM download_progress
+ WHERE job_id = ANY (%s::uuid[]) AND NOT isempty(received)
+"""
+
 STATUSES = ("pending", "processing", "completed", "failed")
 
 
@@ -84,7 +90,7 @@ class JobDetails:
 
 @dataclass(frozen=True, slots=True)
 class RunningDownload:
-    """A delivery under way, as of its last checkpoint."""
+    """A delivery under way, as far as is known: as of its last checkpoint, where another process sends."""
 
     event_id: UUID
     job_id: UUID
@@ -136,6 +142,15 @@ async def find_running_downloads(database: Database, job_ids: list[UUID]) -> lis
     """The deliveries under way of those jobs, oldest first. Raises DatabaseUnavailable."""
     rows = await database.fetch_all(FIND_RUNNING_DOWNLOADS, (job_ids,))
     return [RunningDownload(*row) for row in rows]
+
+
+async def find_progress(database: Database, job_ids: list[UUID]) -> dict[tuple[UUID, str], int]:
+    """How many bytes of those jobs' packages each user has who has a part, from deliveries that ended.
+
+    Raises DatabaseUnavailable.
+    """
+    rows = await database.fetch_all(FIND_PROGRESS, (job_ids,))
+    return {(job_id, user_id): received for job_id, user_id, received in rows}
 
 
 async def lock_details(session: Session, job_id: UUID) -> JobDetails | None:

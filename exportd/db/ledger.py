@@ -9,7 +9,7 @@ also finishes what processes that were killed have left. ``db/downloads.py`` hol
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from uuid import UUID, uuid4
 
@@ -108,6 +108,11 @@ class DownloadLedger:
         finally:
             self._running.discard(running)
 
+    def running(self, job_ids: Collection[UUID]) -> list[DownloadEvent]:
+        """This process's deliveries of those jobs that are under way, as they are now."""
+        events = (running.snapshot() for running in self._running)
+        return [event for event in events if event.job_id in job_ids]
+
     async def settle(self, job_id: UUID) -> None:
         """Waits for the job's deliveries that the client has whole, so that who reads afterwards sees them.
 
@@ -117,17 +122,13 @@ class DownloadLedger:
         deadline = time.monotonic() + _SETTLING_SECONDS
         while self._is_about_to_end(job_id) and time.monotonic() < deadline:  # noqa: ASYNC110  # in the kernel
             await asyncio.sleep(0.002)
-        await self._finish_recording()
+        await self.finish_recording()
 
     def _is_about_to_end(self, job_id: UUID) -> bool:
-        events = (running.snapshot() for running in self._running)
-        return any(
-            event.bytes_sent == sum(stop - start for start, stop in event.requested)
-            for event in events
-            if event.job_id == job_id
-        )
+        return any(event.bytes_sent == event.bytes_requested for event in self.running([job_id]))
 
-    async def _finish_recording(self) -> None:
+    async def finish_recording(self) -> None:
+        """Waits until the deliveries that ended until now are written, in the database or the spool."""
         if self._recording:
             await asyncio.wait(set(self._recording))
 
@@ -135,7 +136,7 @@ class DownloadLedger:
         """Ends the background work. What is spooled stays there for the next process."""
         self._background.cancel()
         await asyncio.gather(self._background, return_exceptions=True)
-        await self._finish_recording()
+        await self.finish_recording()
         for event in self._homeless:
             log.error("download_not_recorded", **_describe(event))
         self._spool.close()

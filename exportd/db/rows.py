@@ -108,6 +108,10 @@ class DownloadEvent:
     daemon_id: UUID
 
     @property
+    def bytes_requested(self) -> int:
+        return sum(stop - start for start, stop in self.requested)
+
+    @property
     def is_whole(self) -> bool:
         """Whether this delivery alone is a download: every byte of the package, to the end of the answer."""
         whole = (0, self.package_size_bytes)

@@ -21,15 +21,20 @@ def identity_tag(device: int, inode: int, size_bytes: int, modified_ns: int) -> 
     return f'"file-{hashlib.sha256(identity).hexdigest()[:32]}"'
 
 
-def whole_seconds(moment: datetime) -> datetime:
-    """A moment as Last-Modified can say it: in UTC, rounded down to the second."""
-    return moment.astimezone(UTC).replace(microsecond=0)
+def last_modified(modified: datetime, now: datetime) -> datetime:
+    """A moment as Last-Modified can say it: in UTC, rounded down to the second, and never later than Date,
+    which a client could not use (section 8.8.2.1)."""
+    return _whole_seconds(min(modified, now))
 
 
 @functools.lru_cache(maxsize=4096)
 def http_date(moment: datetime) -> str:
     """An HTTP date (section 5.6.7)."""
-    return format_datetime(whole_seconds(moment), usegmt=True)
+    return format_datetime(_whole_seconds(moment), usegmt=True)
+
+
+def _whole_seconds(moment: datetime) -> datetime:
+    return moment.astimezone(UTC).replace(microsecond=0)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -119,6 +119,36 @@ async def test_the_callers_own_downloads_are_told_as_they_go(
         assert download["bytesAcknowledged"] == 700
 
 
+async def test_a_download_is_told_to_the_byte_while_it_runs_and_what_came_of_it(
+    start: Start, jobs: Jobs
+) -> None:
+    client = await start()
+    package = jobs.add(noise(30_000_000))
+    async with watching(client, package) as stream:
+        state = (await stream.next())[1]
+        assert (state["downloads"], state["bytesReceived"]) == ([], 0)
+        async with client.get(package.url, headers={**ANN, "Range": "bytes=0-19999999"}) as response:
+            # Long before the first checkpoint.
+            await response.content.readexactly(1_000_000)
+            while not state["downloads"] or state["downloads"][0]["bytesAcknowledged"] < 1_000_000:
+                state = (await stream.next())[1]
+            assert state["downloads"][0]["bytesRequested"] == 20_000_000
+            assert query(jobs.dsn, "SELECT count(*) FROM download_events") == [(0,)]
+            await response.read()
+        while state["downloads"] or not state["bytesReceived"]:
+            state = (await stream.next())[1]
+        assert (state["bytesReceived"], state["downloadCount"]) == (20_000_000, 0)
+        async with watching(client, package) as other:
+            assert (await other.next())[1]["bytesReceived"] == 20_000_000
+        async with client.get(package.url, headers={**ANN, "Range": "bytes=20000000-"}) as response:
+            await response.read()
+        while not state["downloadCount"]:
+            state = (await stream.next())[1]
+        assert (state["bytesReceived"], state["downloads"]) == (0, [])
+    async with watching(client, package, bearer("root", "admin")) as stream:
+        assert (await stream.next())[1]["bytesReceived"] == 0
+
+
 async def test_who_comes_again_is_not_told_what_they_know(start: Start, jobs: Jobs) -> None:
     client = await start()
     package = jobs.add()

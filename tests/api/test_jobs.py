@@ -129,7 +129,8 @@ async def test_one_job_tells_everything_of_itself(start: Start, jobs: Jobs) -> N
         "jobId": package.job_id, "userId": "ann", "tool": "Customer Form", "status": "completed",
         "percent": None, "failureReason": None, "completedAt": "2025-10-24T12:00:00.900000+00:00",
         "downloadCount": 0, "lastDownloadedAt": None, "reExportOf": None, "reExportedAs": None,
-        "package": {"state": "available", "sizeBytes": 2048, "size": "2.0 KB", "sha256": digest},
+        "package": {"state": "available", "sizeBytes": 2048, "size": "2.0 KB", "sha256": digest,
+                    "fileName": "export-customer-form-2025-10-24.tar.gz"},
     }  # fmt: skip
 
 
