@@ -1,0 +1,132 @@
+"""The page in a real browser: Chromium, driven by Playwright, against a running daemon."""
+
+import hashlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect, sync_playwright
+
+from tests.support.application import Jobs, bearer
+from tests.support.daemon import Daemon, Exportd
+from tests.support.programs import require
+
+expect.set_options(timeout=20_000)
+
+# A file that a script chooses in place of a person; all that follows is the real thing.
+CHOOSE_FILE = """
+window.showSaveFilePicker = async ({ suggestedName }) => {
+  const folder = await navigator.storage.getDirectory();
+  return folder.getFileHandle(suggestedName, { create: true });
+};
+"""
+READ_FILE = """
+async (name) => {
+  const folder = await navigator.storage.getDirectory();
+  const names = [];
+  for await (const key of folder.keys()) names.push(key);
+  if (!names.includes(name)) return null;
+  const file = await (await folder.getFileHandle(name)).getFile();
+  const digest = await crypto.subtle.digest("SHA-256", await file.arrayBuffer());
+  return [...new Uint8Array(digest)].map((byte) => byte.toString(16).padStart(2, "0")).join("");
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    chromium = require("chromium")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+class Site:
+    """A daemon, its jobs, and visitors. What no page may do is looked at when a test ends."""
+
+    def __init__(self, exportd: Exportd, browser: Browser) -> None:
+        exportd.storage.mkdir(parents=True, exist_ok=True)
+        self.exportd = exportd
+        self.jobs = Jobs(exportd.dsn, exportd.storage)
+        self.daemon: Daemon | None = None
+        self.expected_errors: list[str] = []
+        self._browser = browser
+        self._contexts: list[BrowserContext] = []
+        self._errors: list[str] = []
+        self._addresses: list[str] = []
+
+    def start(self, *options: object, **environ: str) -> Daemon:
+        self.daemon = self.exportd.serve(*options, **environ)
+        self.origin = self.daemon.url
+        return self.daemon
+
+    def visit(self, address: str | None = None, **options: Any) -> Page:
+        """A page of a new visitor, who is ann and signed in unless the address says otherwise."""
+        if self.daemon is None:
+            self.start()
+        context = self._browser.new_context(**options)
+        context.add_init_script(CHOOSE_FILE)
+        self._contexts.append(context)
+        page = context.new_page()
+        page.on("pageerror", lambda error: self._errors.append(f"{error}"))
+        page.on("console", self._listen)
+        page.on("request", lambda request: self._addresses.append(request.url))
+        page.goto(self.origin + f"/#token={token('ann')}" if address is None else address)
+        return page
+
+    def _listen(self, message: Any) -> None:
+        # The browser itself notes each answer that is an error.
+        if message.type in ("error", "warning") and not message.text.startswith("Failed to load resource"):
+            self._errors.append(message.text)
+
+    def close(self) -> None:
+        for context in self._contexts:
+            context.close()
+        unexpected = [
+            error
+            for error in self._errors
+            if not any(re.search(known, error) for known in self.expected_errors)
+        ]
+        assert unexpected == []
+        foreign = [
+            url
+            for url in self._addresses
+            if not re.match(r"(http://(127\.0\.0\.1|localhost):|blob:|data:)", url)
+        ]
+        assert foreign == []
+
+
+@pytest.fixture
+def site(exportd: Exportd, browser: Browser) -> Iterator[Site]:
+    site = Site(exportd, browser)
+    yield site
+    site.close()
+
+
+def token(user: str, role: str | None = None, ttl_seconds: int = 600) -> str:
+    return bearer(user, role, ttl_seconds)["Authorization"].removeprefix("Bearer ")
+
+
+def row(page: Page, tool: str) -> Locator:
+    """The export of that tool in the list."""
+    return page.get_by_role("listitem").filter(has=page.get_by_role("heading", name=tool, exact=True))
+
+
+def open_dialog(page: Page, tool: str = "Customer Form") -> Locator:
+    row(page, tool).get_by_role("button").click()
+    dialog = page.get_by_role("dialog")
+    expect(dialog).to_be_visible()
+    return dialog
+
+
+def saved_digest(page: Page, name: str) -> str | None:
+    """The SHA-256 of the file that a download in the page wrote; None: there is none."""
+    digest: str | None = page.evaluate(READ_FILE, name)
+    return digest
+
+
+def digest_of(content: bytes | Path) -> str:
+    return hashlib.sha256(content if isinstance(content, bytes) else content.read_bytes()).hexdigest()
