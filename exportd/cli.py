@@ -377,7 +377,7 @@ def migrate_status_command(config_file: Path | None) -> None:
 @cli.command()
 @config_option
 def demo(config_file: Path | None) -> None:
-    """Packs a sample, starts the daemon and a packer with a job to do, and prints curl lines to try."""
+    """Packs a sample, starts the daemon and a packer with a job to do, and prints what to try."""
     # In the environment, where the packer's process finds it too.
     exports = load_settings(config_file, os.environ).data_dir / "demo-exports"
     os.environ["EXPORTD_PACKER__ENABLED"] = "true"
@@ -442,7 +442,9 @@ def _print_demo(settings: Settings, published: dict[str, Any], url: str) -> None
         "\n"
         f"exportd serves a sample package ({published['packageSizeBytes']} bytes, "
         f"sha256 {published['sha256']}).\n\n"
-        "Download it, from another terminal (-C - resumes):\n\n"
+        "See it in a browser, as alice:\n\n"
+        f"  {url}/#token={bearer}\n\n"
+        "Download it, from another terminal:\n\n"
         f"  curl -OJ -H 'Authorization: Bearer {bearer}' {address}/download\n\n"
         "How often it was downloaded:\n\n"
         f"  curl -H 'Authorization: Bearer {bearer}' {address}/download-stats\n\n"

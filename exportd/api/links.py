@@ -10,6 +10,7 @@ from aiohttp import web
 from exportd.api.access import DATABASE, authenticate, refuse, requested_job_id, ticket_digest
 from exportd.api.download import JOBS, check_permission, open_package
 from exportd.api.errors import JobNotFound
+from exportd.api.limits import LIMITER
 from exportd.auth.permission import may_see
 from exportd.db.links import make_link, revoke_links
 
@@ -38,6 +39,11 @@ async def make_download_link(request: web.Request) -> web.Response:
         raise JobNotFound
     await check_permission(request, principal, job, may_resume=False)
     with open_package(request, job):
+        pass
+    # What a download would be refused for now is told here: a browser's download manager says nothing of it.
+    limiter = request.app[LIMITER]
+    await limiter.check_quota(request.app[DATABASE], principal)
+    with limiter.delivery(principal, job_id):
         pass
     ticket = secrets.token_urlsafe(_TICKET_BYTES)
     options = request.app[LINK_OPTIONS]

@@ -340,7 +340,7 @@ class ExportDownload extends HTMLElement {
       case "expired":
         return { ...disabled, status: `The package expired on ${formatMoment(expiresAt)}.` };
       case "deleted":
-        return { ...disabled, status: "The package has expired and was deleted." };
+        return { ...disabled, status: `The package ${expiresAt ? `expired on ${formatMoment(expiresAt)} and ` : ""}was deleted.` };
       case "suspect":
         return { ...disabled, name: "suspect", status: "The package changed after it was made, so it is not handed out." };
     }

@@ -95,7 +95,7 @@ function describeRow(job) {
     kind: state ?? job.status,
     fraction: job.status === "processing" && job.percent !== null ? job.percent / 100 : null,
     facts: facts.filter(([, value]) => value),
-    expiry: expiry?.text ?? (state === "expired" ? describeExpiry(expiresAt).text : ""),
+    expiry: expiry?.text ?? (["expired", "deleted"].includes(state) && expiresAt ? describeExpiry(expiresAt).text : ""),
     isSoon: Boolean(expiry?.isSoon),
   };
 }

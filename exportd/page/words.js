@@ -1,14 +1,16 @@
 /** What people read: sizes, times, and errors by their code. */
 
-const UNITS = ["KB", "MB", "GB", "TB"];
+const UNITS = ["B", "KB", "MB", "GB", "TB", "PB", "EB"];
 const WARNING_DAYS = 3;
 const DAY = 86_400_000;
 
-/** "12.5 MB": in units of 1024, as the server says it. */
+/** "12.5 MB": in units of 1024, to the letter as the server says it. */
 export function formatBytes(count) {
-  if (count < 1024) return `${count} bytes`;
-  const power = Math.min(Math.floor(Math.log2(count) / 10), UNITS.length);
-  return `${(count / 1024 ** power).toFixed(1)} ${UNITS[power - 1]}`;
+  if (count < 1024) return `${count} B`;
+  let unit = 0;
+  // 1023.95 would be shown as 1024.0 of its unit.
+  for (; (count >= 1023.95 || !unit) && unit < UNITS.length - 1; unit += 1) count /= 1024;
+  return `${count.toFixed(1)} ${UNITS[unit]}`;
 }
 
 /** "40 s", "3 min", "2 h 5 min": for what is only an estimate. */

@@ -65,7 +65,7 @@ class Site:
 
     def visit(self, address: str | None = None, **options: Any) -> Page:
         """A page of a new visitor, who is ann and signed in unless the address says otherwise."""
-        if self.daemon is None:
+        if address is None and self.daemon is None:
             self.start()
         context = self._browser.new_context(**options)
         context.add_init_script(CHOOSE_FILE)
@@ -74,7 +74,7 @@ class Site:
         page.on("pageerror", lambda error: self._errors.append(f"{error}"))
         page.on("console", self._listen)
         page.on("request", lambda request: self._addresses.append(request.url))
-        page.goto(self.origin + f"/#token={token('ann')}" if address is None else address)
+        page.goto(address or f"{self.origin}/#token={token('ann')}")
         return page
 
     def _listen(self, message: Any) -> None:

@@ -21,6 +21,7 @@ class CuttingProxy:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         self._threads: list[threading.Thread] = []
+        self._sockets: list[socket.socket] = []
         threading.Thread(target=self._accept, daemon=True).start()
 
     def close(self) -> None:
@@ -28,8 +29,16 @@ class CuttingProxy:
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
+        self.cut()
         for thread in self._threads:
             thread.join(10)
+
+    def cut(self) -> None:
+        """Resets every connection that is open now."""
+        for side in self._sockets:
+            with contextlib.suppress(OSError):
+                _reset_at_close(side)
+                side.shutdown(socket.SHUT_RDWR)
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
@@ -38,6 +47,7 @@ class CuttingProxy:
                 limit = self._limits[self.connections] if self.connections < len(self._limits) else None
                 self.connections += 1
                 server = socket.create_connection(("127.0.0.1", self._target))
+                self._sockets += [client, server]
                 for arguments in ((client, server, None), (server, client, limit)):
                     thread = threading.Thread(target=_pump, args=arguments, daemon=True)
                     self._threads.append(thread)
@@ -52,7 +62,7 @@ def _pump(source: socket.socket, sink: socket.socket, limit: int | None) -> None
             if limit is not None and passed + len(data) >= limit:
                 sink.sendall(data[: limit - passed])
                 for side in (source, sink):
-                    side.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    _reset_at_close(side)
                 break
             sink.sendall(data)
             passed += len(data)
@@ -60,3 +70,7 @@ def _pump(source: socket.socket, sink: socket.socket, limit: int | None) -> None
         with contextlib.suppress(OSError):
             side.shutdown(socket.SHUT_RDWR)
         side.close()
+
+
+def _reset_at_close(side: socket.socket) -> None:
+    side.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
