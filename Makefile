@@ -1,6 +1,7 @@
 # make demo     publish a sample package and serve it
 # make test     the tests, with coverage
 # make lint     formatting, lint, types, import layers
+# make screenshots  the README's pictures of the page (needs chromium)
 # make bench    exportd beside its peers; ARGS=--quick, ARGS=soak
 #
 # Needs Python 3.11 or newer; everything else goes into .venv.
@@ -10,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 4
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint screenshots bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/exportd demo
@@ -23,6 +24,9 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q -p no:randomly tests/test_layers.py
+
+screenshots: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -q tests/page/screenshots.py
 
 bench: $(VENV)/installed-dev
 	$(BIN)/python -m benchmarks $(ARGS)
