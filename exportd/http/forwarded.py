@@ -1,41 +1,52 @@
 """Whose request a proxy passes on: X-Forwarded-For, and Forwarded (RFC 7239)."""
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 
 Address = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
 
 _ADDRESS = re.compile(r"\[([^\]]*)\](?::\d+)?|([\d.]+)(?::\d+)?", re.ASCII)
-_FOR = re.compile(r'(?:^|;)\s*for\s*=\s*("?)([^";]*)\1\s*(?:;|$)', re.IGNORECASE)
 
 
-def client_address(peer: str, forwarded: Sequence[str], trusted: Collection[Network]) -> str:
-    """The address of the client: the first from the right that is no trusted proxy's.
+def client_address(peer: str, noted: Iterable[str], trusted: Collection[Network]) -> str:
+    """The address of the client: the first that is no trusted proxy's, from the peer on.
 
-    ``forwarded`` holds the addresses that proxies noted, the nearest last. What a proxy that nobody trusts
-    has written down counts for nothing, and the walk ends at what cannot be read.
+    ``noted`` holds the addresses that proxies noted, the nearest first. What a proxy that nobody trusts has
+    written down counts for nothing and is not read, and the walk ends at what cannot be read.
     """
     present = parse_address(peer)
     if present is None:
         return peer
-    for text in reversed(forwarded):
-        if not any(present in network for network in trusted):
-            break
-        further = parse_address(text)
+    remaining = iter(noted)
+    while any(present in network for network in trusted):
+        further = parse_address(next(remaining, ""))
         if further is None:
             break
         present = further
     return str(present)
 
 
-def forwarded_addresses(name: str, fields: Sequence[str]) -> list[str]:
-    """The addresses in the values of the field of that name, ``X-Forwarded-For`` or ``Forwarded``."""
-    members = [member.strip() for field in fields for member in field.split(",")]
-    if name.lower() != "forwarded":
-        return members
-    return [found[2].strip() if (found := _FOR.search(member)) else "" for member in members]
+def forwarded_addresses(name: str, fields: Sequence[str]) -> Iterator[str]:
+    """The addresses in the values of the field of that name, ``X-Forwarded-For`` or ``Forwarded``, the
+    nearest proxy's first.
+
+    A comma ends a member even in quotes, so that what a client leaves open swallows no proxy's note.
+    """
+    read = _for_parameter if name.lower() == "forwarded" else str.strip
+    for field in reversed(fields):
+        for member in reversed(field.split(",")):
+            yield read(member)
+
+
+def _for_parameter(member: str) -> str:
+    for pair in member.split(";"):
+        name, _, value = pair.partition("=")
+        if name.strip().lower() == "for":
+            value = value.strip()
+            return value[1:-1] if len(value) > 1 and value[0] == value[-1] == '"' else value
+    return ""
 
 
 def parse_address(text: str) -> Address | None:

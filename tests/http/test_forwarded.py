@@ -1,5 +1,8 @@
 """Whose address it is, when proxies say so."""
 
+import subprocess
+import sys
+from collections.abc import Iterator
 from ipaddress import ip_network
 
 import pytest
@@ -44,10 +47,42 @@ def test_the_walk_goes_from_the_right(peer: str, noted: list[str], client: str) 
         ("host=x", [""]),
         ("for=_hidden", ["_hidden"]),
         ("xfor=192.0.2.43", [""]),
+        ('for="', ['"']),
+        ('for="192.0.2.43', ['"192.0.2.43']),
+        ('for="6.6.6.6, for=192.0.2.43', ['"6.6.6.6', "192.0.2.43"]),
     ],
 )
 def test_forwarded_is_read(field: str, addresses: list[str]) -> None:
-    assert forwarded_addresses("Forwarded", [field]) == addresses
+    assert list(forwarded_addresses("Forwarded", [field])) == addresses[::-1]
+
+
+@pytest.mark.parametrize("name", ["Forwarded", "X-Forwarded-For"])
+def test_the_notes_of_whom_nobody_trusts_are_not_even_read(name: str) -> None:
+    fields = unread(["for=203.0.113.7" if name == "Forwarded" else "203.0.113.7"])
+    assert client_address("198.51.100.1", forwarded_addresses(name, fields), TRUSTED) == "198.51.100.1"
+    assert not fields.is_read
+    assert client_address("10.0.0.1", forwarded_addresses(name, fields), TRUSTED) == "203.0.113.7"
+    assert fields.is_read
+
+
+class unread(list[str]):  # noqa: N801  # a list that notes whether it was looked at
+    is_read = False
+
+    def __reversed__(self) -> Iterator[str]:  # type: ignore[override]
+        self.is_read = True
+        return super().__reversed__()
+
+
+@pytest.mark.parametrize(
+    "member", ["for=" + " " * 8000 + '"x', ";" * 8000, "for=" * 2000, '"' * 8000, "," * 8000]
+)
+def test_a_field_is_read_once(member: str) -> None:
+    """In a process of its own: an expression that backtracks cannot be stopped from outside."""
+    script = (
+        "import sys; from exportd.http.forwarded import forwarded_addresses;"
+        "list(forwarded_addresses('Forwarded', [sys.stdin.read()]))"
+    )
+    subprocess.run([sys.executable, "-c", script], input=member, text=True, check=True, timeout=30)
 
 
 @given(st.text(), st.lists(st.text()), st.sampled_from(["Forwarded", "X-Forwarded-For"]))
