@@ -11,6 +11,7 @@ import structlog
 from aiohttp import web
 
 from exportd.api.access import DATABASE, TOKENS
+from exportd.api.api_docs import API_DOCS, load_api_docs, show_api_docs, show_api_docs_asset
 from exportd.api.cors import CORS_ORIGINS, allow_origin
 from exportd.api.download import (
     DELIVERY_OPTIONS,
@@ -157,8 +158,11 @@ def make_app(settings: Settings, dsn: str, shared: SharedMemory | None = None) -
             get("/healthz", healthz, name="healthz"),
             get("/readyz", readyz, name="readyz"),
             get("/metrics", metrics, name="metrics"),
+            get("/api-docs", show_api_docs, name="api_docs"),
+            get("/api-docs/{name}", show_api_docs_asset, name="api_docs_asset"),
         ]
     )
+    app[API_DOCS] = load_api_docs(app.router)
     return app
 
 

@@ -12,6 +12,7 @@ from datetime import UTC, datetime, timedelta
 import structlog
 from aiohttp import web
 
+from exportd.api import operations
 from exportd.api.access import (
     DATABASE,
     authenticate,
@@ -20,6 +21,7 @@ from exportd.api.access import (
     refuse_link,
     requested_job_id,
 )
+from exportd.api.documentation import documented
 from exportd.api.errors import (
     ApiError,
     FileNotFound,
@@ -73,6 +75,7 @@ _CONTENT_TYPE = "application/gzip"
 _LONGEST_USER_AGENT = 256
 
 
+@documented(operations.DOWNLOAD)
 async def download_package(request: web.Request) -> web.StreamResponse:
     """Sends the package of a completed job to its creator or an admin, or by a link that one of them made."""
     job_id = requested_job_id(request)

@@ -4,8 +4,10 @@ The docstring is the public sentence. An error never shows a path, a query or a 
 """
 
 import html
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from http import HTTPStatus
+from typing import ClassVar
 
 import orjson
 from aiohttp import web
@@ -31,10 +33,15 @@ _PAGE = """<!doctype html>
 
 
 class ApiError(Exception):
-    """Base of the table. ``extra`` joins the body, ``headers`` the response."""
+    """Base of the table. ``extra`` joins the body, ``headers`` the response.
+
+    ``example_extra`` and ``example_headers`` show what a row is always raised with, for the documentation.
+    """
 
     status: HTTPStatus
     code: str
+    example_extra: ClassVar[Mapping[str, object]] = {}
+    example_headers: ClassVar[Mapping[str, str]] = {}
 
     def __init__(
         self, *, extra: dict[str, object] | None = None, headers: dict[str, str] | None = None
@@ -56,12 +63,14 @@ class InvalidParameter(ApiError):
     """A parameter of the query is not valid"""
 
     status, code = HTTPStatus.BAD_REQUEST, "INVALID_PARAMETER"
+    example_extra: ClassVar = {"parameter": "limit"}
 
 
 class Unauthenticated(ApiError):
     """A valid bearer token is needed"""
 
     status, code = HTTPStatus.UNAUTHORIZED, "UNAUTHENTICATED"
+    example_headers: ClassVar = {"WWW-Authenticate": 'Bearer realm="exportd"'}
 
 
 class LinkExpired(ApiError):
@@ -86,12 +95,14 @@ class PackageNotReady(ApiError):
     """The export is not completed yet"""
 
     status, code = HTTPStatus.NOT_FOUND, "PACKAGE_NOT_READY"
+    example_extra: ClassVar = {"jobStatus": "processing"}
 
 
 class PackageExpired(ApiError):
     """The package has expired or was deleted"""
 
     status, code = HTTPStatus.GONE, "PACKAGE_EXPIRED"
+    example_extra: ClassVar = {"expiresAt": "2026-12-23T23:30:31+00:00"}
 
 
 class FileNotFound(ApiError):
@@ -104,12 +115,14 @@ class PackageAvailable(ApiError):
     """The package is still there"""
 
     status, code = HTTPStatus.CONFLICT, "PACKAGE_AVAILABLE"
+    example_extra: ClassVar = {"jobId": "25395ef1-daf8-4ea1-a532-c61e57b1134f"}
 
 
 class ExportInProgress(ApiError):
     """The export is under way"""
 
     status, code = HTTPStatus.CONFLICT, "EXPORT_IN_PROGRESS"
+    example_extra: ClassVar = {"jobId": "25395ef1-daf8-4ea1-a532-c61e57b1134f"}
 
 
 class ReExportUnsupported(ApiError):
@@ -128,18 +141,23 @@ class RangeNotSatisfiable(ApiError):
     """No byte of the range lies within the package"""
 
     status, code = HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE, "RANGE_NOT_SATISFIABLE"
+    example_headers: ClassVar = {"Content-Range": "bytes */300025450"}
 
 
 class RateLimited(ApiError):
     """Too many requests or downloads; try again later"""
 
     status, code = HTTPStatus.TOO_MANY_REQUESTS, "RATE_LIMITED"
+    example_extra: ClassVar = {"limit": "requests_per_minute_per_user", "retryAfterSeconds": 7}
+    example_headers: ClassVar = {"Retry-After": "7"}
 
 
 class QuotaExceeded(ApiError):
     """No more can be downloaded today; try again later"""
 
     status, code = HTTPStatus.TOO_MANY_REQUESTS, "QUOTA_EXCEEDED"
+    example_extra: ClassVar = {"limit": "bytes_per_user_per_day", "retryAfterSeconds": 5400}
+    example_headers: ClassVar = {"Retry-After": "5400"}
 
 
 class StorageError(ApiError):
@@ -206,6 +224,7 @@ class MethodNotAllowed(ApiError):
     """This address does not answer to that method"""
 
     status, code = HTTPStatus.METHOD_NOT_ALLOWED, "METHOD_NOT_ALLOWED"
+    example_headers: ClassVar = {"Allow": "GET, HEAD"}
 
 
 def error_page(error: ApiError, request_id: str) -> web.Response:

@@ -15,7 +15,9 @@ import orjson
 import structlog
 from aiohttp import web
 
+from exportd.api import operations
 from exportd.api.access import DATABASE, authenticate, refuse, requested_job_id
+from exportd.api.documentation import documented
 from exportd.api.download import LEDGER
 from exportd.api.errors import JobNotFound
 from exportd.api.jobs import describe_job
@@ -131,6 +133,7 @@ async def watch_jobs(app: web.Application) -> AsyncIterator[None]:
     await asyncio.gather(task, return_exceptions=True)
 
 
+@documented(operations.JOB_EVENTS)
 async def job_events(request: web.Request) -> web.StreamResponse:
     """A job's state now and at each change, for its creator or an admin.
 

@@ -5,17 +5,21 @@ import asyncio
 import orjson
 from aiohttp import web
 
+from exportd.api import operations
 from exportd.api.access import DATABASE
+from exportd.api.documentation import documented
 from exportd.api.download import STORE
 from exportd.api.middleware import LIFECYCLE
 from exportd.db.pool import DatabaseUnavailable
 
 
+@documented(operations.HEALTH)
 async def healthz(_: web.Request) -> web.Response:
     """200 as long as the process answers at all."""
     return _answer(200, {"status": "ok"})
 
 
+@documented(operations.READINESS)
 async def readyz(request: web.Request) -> web.Response:
     """200 when database and storage answer; 503, with each one's state, when not or when draining."""
     checks = {"database": "ok", "storage": "ok"}

@@ -10,7 +10,9 @@ import orjson
 import structlog
 from aiohttp import web
 
+from exportd.api import operations
 from exportd.api.access import DATABASE, authenticate, refuse, requested_job_id
+from exportd.api.documentation import documented
 from exportd.api.download import STORE
 from exportd.api.errors import (
     ExportInProgress,
@@ -40,6 +42,7 @@ _PAGE_SIZE = 20
 _LARGEST_PAGE = 100
 
 
+@documented(operations.LIST_JOBS)
 async def list_export_jobs(request: web.Request) -> web.Response:
     """The caller's jobs, newest first; for an admin, everybody's."""
     principal = await authenticate(request)
@@ -57,6 +60,7 @@ async def list_export_jobs(request: web.Request) -> web.Response:
     return _answer({"jobs": [describe_job(details) for details in page], "nextCursor": cursor})
 
 
+@documented(operations.SHOW_JOB)
 async def show_export_job(request: web.Request) -> web.Response:
     """One job, for its creator or an admin."""
     job_id = requested_job_id(request)
@@ -69,6 +73,7 @@ async def show_export_job(request: web.Request) -> web.Response:
     return _answer(describe_job(details))
 
 
+@documented(operations.RE_EXPORT)
 async def export_job_again(request: web.Request) -> web.Response:
     """Asks for the export of a job whose package is gone again, for its creator or an admin."""
     job_id = requested_job_id(request)

@@ -7,7 +7,9 @@ import orjson
 import structlog
 from aiohttp import web
 
+from exportd.api import operations
 from exportd.api.access import DATABASE, authenticate, refuse, requested_job_id, ticket_digest
+from exportd.api.documentation import documented
 from exportd.api.download import JOBS, check_permission, open_package
 from exportd.api.errors import JobNotFound
 from exportd.api.limits import LIMITER
@@ -30,6 +32,7 @@ class LinkOptions:
 LINK_OPTIONS = web.AppKey("link_options", LinkOptions)
 
 
+@documented(operations.MAKE_LINK)
 async def make_download_link(request: web.Request) -> web.Response:
     """Makes a link that downloads the package as the caller, who may do so now."""
     job_id = requested_job_id(request)
@@ -70,6 +73,7 @@ async def make_download_link(request: web.Request) -> web.Response:
     )
 
 
+@documented(operations.REVOKE_LINKS)
 async def revoke_download_links(request: web.Request) -> web.Response:
     """Ends the links to a package: those that the caller made, or all of them where an admin asks."""
     job_id = requested_job_id(request)

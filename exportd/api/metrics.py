@@ -7,7 +7,9 @@ from collections.abc import AsyncIterator
 
 from aiohttp import web
 
+from exportd.api import operations
 from exportd.api.access import DATABASE
+from exportd.api.documentation import documented
 from exportd.api.download import LEDGER
 from exportd.api.middleware import METRICS, RECEIVED_AT
 from exportd.db.jobs import sum_packages
@@ -79,6 +81,7 @@ class DatabaseProbe:
 PROBE = web.AppKey("database_probe", DatabaseProbe)
 
 
+@documented(operations.METRICS)
 async def metrics(request: web.Request) -> web.Response:
     """All metrics of all processes, as Prometheus reads them."""
     probe = request.app[PROBE]

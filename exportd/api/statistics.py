@@ -3,7 +3,9 @@
 import orjson
 from aiohttp import web
 
+from exportd.api import operations
 from exportd.api.access import DATABASE, authenticate, refuse, requested_job_id
+from exportd.api.documentation import documented
 from exportd.api.download import LEDGER
 from exportd.api.errors import JobNotFound
 from exportd.auth.permission import may_see
@@ -12,6 +14,7 @@ from exportd.db.statistics import find_statistics
 from exportd.http.sizes import LOWER_BOUNDS, SIZE_RANGES
 
 
+@documented(operations.STATISTICS)
 async def download_statistics(request: web.Request) -> web.Response:
     """How a job's package was downloaded, for its creator or an admin."""
     job_id = requested_job_id(request)
