@@ -31,7 +31,7 @@ from exportd.api.limits import LIMITER, PROXIES, Limiter, Limits, Proxies
 from exportd.api.links import LINK_OPTIONS, LinkOptions, make_download_link, revoke_download_links
 from exportd.api.metrics import count_answer, measure, metrics
 from exportd.api.middleware import ALLOWED_HOSTS, LIFECYCLE, METRICS, edge, expect, set_common_headers
-from exportd.api.page import BASE_PATH, page, page_file
+from exportd.api.page import PAGE_FILES, load_page, show_page, show_page_file
 from exportd.api.statistics import download_statistics
 from exportd.auth.jwks import RemoteKeys
 from exportd.auth.keys import load_public_key, secret_key
@@ -64,7 +64,7 @@ def make_app(settings: Settings, dsn: str, shared: SharedMemory | None = None) -
     app = web.Application(middlewares=[edge])
     app[LIFECYCLE] = Lifecycle()
     app[ALLOWED_HOSTS] = frozenset(settings.server.allowed_hosts)
-    app[BASE_PATH] = settings.server.base_path
+    app[PAGE_FILES] = load_page(settings.server.base_path)
     app[CORS_ORIGINS] = frozenset(settings.server.cors_origins)
     noted = app[METRICS] = Metrics(FAILURE_REASONS, METHODS)
     auth = settings.auth
@@ -153,8 +153,8 @@ def make_app(settings: Settings, dsn: str, shared: SharedMemory | None = None) -
             post(f"{job}/download-link", make_download_link, name="make_link"),
             delete(f"{job}/download-link", revoke_download_links, name="revoke_links", expect_handler=expect),
             get(f"{job}/download-stats", download_statistics, name="statistics"),
-            get("/", page, name="page"),
-            get("/page/{name:.+}", page_file, name="page_file"),
+            get("/", show_page, name="page"),
+            get("/page/{name:.+}", show_page_file, name="page_file"),
             get("/healthz", healthz, name="healthz"),
             get("/readyz", readyz, name="readyz"),
             get("/metrics", metrics, name="metrics"),

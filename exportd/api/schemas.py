@@ -49,6 +49,9 @@ class Package(Shape):
     sizeBytes = _or_null(fields.Integer, "", _SIZE_BYTES)
     size = _or_null(fields.String, "For people: 1024-based, one decimal", "286.1 MB")
     sha256 = _or_null(fields.String, "Hexadecimal; null: not known", "08034f71" * 8)
+    fileName = _or_null(
+        fields.String, "What a download is saved as", "export-customer-form-2026-11-23.tar.gz"
+    )
     expiresAt = _or_null(fields.AwareDateTime, "Null: never", "2026-12-23T23:30:31+00:00")
 
 
@@ -94,6 +97,9 @@ class RunningDownload(Shape):
 
 
 class JobState(Job):
+    bytesReceived = _field(
+        fields.Integer, "What the caller has of the package, of deliveries that ended", 104857600
+    )
     downloads = _list_of(RunningDownload, "The caller's own, under way")
 
 

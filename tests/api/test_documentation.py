@@ -31,7 +31,7 @@ Document = dict[str, Any]
 API = Path(__file__).parent.parent.parent / "exportd" / "api"
 TABLE = ApiError.__subclasses__()
 # Not the API: the document itself, and the page that shows it.
-NOT_DOCUMENTED = {"/api-docs", "/api-docs/{name}"}
+NOT_DOCUMENTED = {"/", "/page/{name}", "/api-docs", "/api-docs/{name}"}
 # Fields that every request may have, and OpenAPI has its own words for, or none.
 GENERAL_FIELDS = {
     "Accept", "Access-Control-Request-Method", "Authorization", "Expect", "Host", "Origin", "User-Agent",
