@@ -29,7 +29,7 @@ from exportd.api.jobs import export_job_again, list_export_jobs, show_export_job
 from exportd.api.lifecycle import Lifecycle
 from exportd.api.limits import LIMITER, PROXIES, Limiter, Limits, Proxies
 from exportd.api.links import LINK_OPTIONS, LinkOptions, make_download_link, revoke_download_links
-from exportd.api.metrics import count_answer, measure, metrics
+from exportd.api.metrics import METRICS_FROM, count_answer, measure, metrics
 from exportd.api.middleware import ALLOWED_HOSTS, LIFECYCLE, METRICS, edge, expect, set_common_headers
 from exportd.api.page import PAGE_FILES, load_page, show_page, show_page_file
 from exportd.api.statistics import download_statistics
@@ -74,7 +74,9 @@ def make_app(settings: Settings, dsn: str, shared: SharedMemory | None = None) -
     board = Board(shared)
     total_rate = settings.download.total_rate_bytes_per_second
     fair_share = FairShare(total_rate, board) if total_rate else None
-    app[LIMITER] = Limiter(Limits(**settings.limits.model_dump()), Rates(shared), board, noted)
+    limits = Limits(**settings.limits.model_dump(exclude={"connections_per_address"}))
+    app[LIMITER] = Limiter(limits, Rates(shared), board, noted)
+    app[METRICS_FROM] = [ip_network(network) for network in settings.server.metrics_from]
     trusted = [ip_network(network) for network in settings.server.trusted_proxies]
     app[PROXIES] = Proxies(trusted, settings.server.forwarded_field)
     app[LINK_OPTIONS] = LinkOptions(settings.links.start_seconds, settings.links.resume_seconds)

@@ -427,7 +427,10 @@ def _serve(
         workers=server.workers,
         drain_timeout_seconds=server.drain_timeout_seconds,
         limits=ConnectionLimits(
-            server.max_connections, server.head_timeout_seconds, server.keepalive_timeout_seconds
+            server.max_connections,
+            settings.limits.connections_per_address,
+            server.head_timeout_seconds,
+            server.keepalive_timeout_seconds,
         ),
         on_hangup=reopen_logs,
         on_started=on_started,

@@ -137,6 +137,10 @@ class _DrainingRunner(web.AppRunner):
     async def _make_server(self) -> web.Server:
         return ConnectionServer(self.app, await super()._make_server(), self._limits)
 
+    async def setup(self) -> None:
+        await super().setup()
+        _limit_handshakes(asyncio.get_running_loop(), self._limits.head_timeout_seconds)
+
     async def cleanup(self) -> None:
         if self.server is not None:
             await self._drain()
@@ -284,6 +288,19 @@ def _accompanied(command: Sequence[str]) -> Iterator[None]:
         thread.join(_COMPANION_SECONDS)
         for process in present:
             process.kill()
+
+
+def _limit_handshakes(loop: asyncio.AbstractEventLoop, seconds: float) -> None:
+    """aiohttp's sites, and gunicorn's worker with them, know no limit on the time of TLS's handshake but the
+    loop's own minute, in which connections are counted nowhere."""
+    create_server = loop.create_server
+
+    async def limited(*arguments: Any, ssl: ssl.SSLContext | None = None, **options: Any) -> asyncio.Server:
+        if ssl is not None:
+            options |= {"ssl": ssl, "ssl_handshake_timeout": seconds}
+        return await create_server(*arguments, **options)
+
+    loop.create_server = limited  # type: ignore[method-assign, assignment]
 
 
 def _notify(state: str) -> None:

@@ -134,6 +134,7 @@ class ServerSettings(_Section):
     cors_origins: tuple[Annotated[str, AfterValidator(_check_origin)], ...] = ()
     trusted_proxies: tuple[Annotated[str, AfterValidator(_check_network)], ...] = ()
     forwarded_field: Literal["X-Forwarded-For", "Forwarded"] = "X-Forwarded-For"
+    metrics_from: tuple[Annotated[str, AfterValidator(_check_network)], ...] = ("127.0.0.0/8", "::1/128")
     tls_cert: OptionalPath = None
     tls_key: OptionalPath = None
 
@@ -228,10 +229,13 @@ class LinkSettings(_Section):
 class LimitSettings(_Section):
     """What one person, or one address, may take; 0: anything."""
 
+    connections_per_address: Annotated[int, Field(ge=0)] = 0
     requests_per_minute_per_address: Annotated[int, Field(ge=0)] = 0
     requests_per_minute_per_user: Annotated[int, Field(ge=0)] = 0
     downloads_per_user: Annotated[int, Field(ge=0)] = 0
     downloads_total: Annotated[int, Field(ge=0)] = 0
+    connections_per_download: Annotated[int, Field(ge=0)] = 0
+    event_streams_per_user: Annotated[int, Field(ge=0)] = 20
     bytes_per_user_per_day: Annotated[int, Field(ge=0)] = 0
     admins_exempt: bool = True
 

@@ -55,7 +55,8 @@ async def authenticate(request: web.Request) -> Principal:
         challenge = f'{_CHALLENGE}, error="invalid_token"'
         raise _unauthenticated(request, str(error), challenge) from error
     except KeysUnavailable as error:
-        log.error("identity_provider_unavailable", error=str(error))
+        if request.app[LIMITER].may_log("identity provider", ""):
+            log.error("identity_provider_unavailable", error=str(error))
         raise IdentityProviderUnavailable from error
     structlog.contextvars.bind_contextvars(user_id=principal.user_id)
     request.app[LIMITER].check_user(principal)

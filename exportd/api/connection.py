@@ -3,6 +3,7 @@
 import asyncio
 import secrets
 import time
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -11,8 +12,17 @@ from aiohttp import web
 from aiohttp.http_exceptions import LineTooLong
 from aiohttp.web_protocol import RequestHandler
 
-from exportd.api.errors import ApiError, BadRequest, HeadersTooLarge, InternalError, error_response
+from exportd.api.errors import (
+    ApiError,
+    BadRequest,
+    HeadersTooLarge,
+    InternalError,
+    RateLimited,
+    error_response,
+)
+from exportd.api.limits import LIMITER, PROXIES
 from exportd.api.middleware import METRICS, common_headers
+from exportd.http.forwarded import parse_address, subscriber
 
 log = structlog.get_logger()
 
@@ -26,9 +36,10 @@ _BETWEEN_WARNINGS_SECONDS = 60.0
 
 @dataclass(frozen=True, slots=True)
 class ConnectionLimits:
-    """``connections`` is for one process."""
+    """The numbers of connections are for one process; ``connections_per_address`` 0: any number."""
 
     connections: int
+    connections_per_address: int
     head_timeout_seconds: float
     keepalive_timeout_seconds: float
 
@@ -46,17 +57,40 @@ class ConnectionServer(web.Server):
             max_line_size=_LONGEST_LINE,
             max_field_size=_LONGEST_LINE,
             max_headers=_MOST_FIELDS,
+            # Bodies are thrown away, and not unpacked for it.
+            auto_decompress=False,
         )
         self.limits = limits
+        self.limiter = app[LIMITER]
+        self._trusted = app[PROXIES].trusted
         self._metrics = app[METRICS]
+        self._by_address: Counter[str] = Counter()
         self._warned_at = float("-inf")
 
     def __call__(self) -> RequestHandler:
         return Connection(self, loop=self._loop, **self._kwargs)
 
-    @property
-    def is_full(self) -> bool:
-        return len(self._connections) >= self.limits.connections
+    def admit(self, address: str) -> str | None:
+        """Why there is no room for one more connection of that address; None: there is, and it is taken."""
+        if len(self._connections) >= self.limits.connections:
+            return "too_many"
+        most, who = self.limits.connections_per_address, subscriber(address)
+        if most and self._by_address[who] >= most and not self.is_proxy(address):
+            return "too_many_of_address"
+        self._by_address[who] += 1
+        return None
+
+    def left(self, address: str) -> None:
+        """Gives back what ``admit`` took."""
+        who = subscriber(address)
+        self._by_address[who] -= 1
+        if not self._by_address[who]:
+            del self._by_address[who]
+
+    def is_proxy(self, address: str) -> bool:
+        """Whether it is one that speaks for others."""
+        parsed = parse_address(address)
+        return parsed is not None and any(parsed in network for network in self._trusted)
 
     def refused(self, reason: str) -> None:
         """Notes a connection that was closed for what it did, or did not do."""
@@ -69,24 +103,30 @@ class ConnectionServer(web.Server):
 class Connection(RequestHandler):
     """aiohttp's connection, with a limit on the time and the size of a request's head."""
 
-    __slots__ = ("_head_bytes", "_head_timer", "_server")
+    __slots__ = ("_address", "_head_bytes", "_head_timer", "_server")
 
     def __init__(self, server: ConnectionServer, **options: Any) -> None:
         super().__init__(server, **options)
         self._server = server
+        self._address: str | None = None
         self._head_timer: asyncio.TimerHandle | None = None
         self._head_bytes = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        if self._server.is_full:
+        address = str((transport.get_extra_info("peername") or [""])[0])
+        if reason := self._server.admit(address):
             cast(asyncio.Transport, transport).abort()
-            self._server.refused("too_many")
+            self._server.refused(reason)
             return
+        self._address = address
         super().connection_made(transport)
         self._expect_head()
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self._head_came()
+        if self._address is not None:
+            self._server.left(self._address)
+            self._address = None
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -129,9 +169,7 @@ class Connection(RequestHandler):
             log.error("request_failed", exc_info=exc)
             error = InternalError()
         else:
-            self._server.refused("malformed")
-            log.info("request_malformed", reason=type(exc).__name__, client=request.remote)
-            error = HeadersTooLarge() if _is_too_large(exc) else BadRequest()
+            error = self._malformed(request.remote or "", exc)
         if request.writer.output_size > 0:
             raise ConnectionError("an answer is under way already")
         request_id = secrets.token_hex(16)
@@ -139,6 +177,20 @@ class Connection(RequestHandler):
         response.headers.update(common_headers(request_id))
         response.force_close()
         return response
+
+    def _malformed(self, address: str, exc: BaseException | None) -> ApiError:
+        """Notes what is no HTTP; it counts as a request of its address."""
+        self._server.refused("malformed")
+        limiter = self._server.limiter
+        if limiter.may_log("malformed", address):
+            log.info("request_malformed", reason=type(exc).__name__, client=address)
+        try:
+            # A proxy would be blamed for its clients.
+            if not self._server.is_proxy(address):
+                limiter.check_address(address)
+        except RateLimited as error:
+            return error
+        return HeadersTooLarge() if _is_too_large(exc) else BadRequest()
 
 
 def _is_too_large(exc: BaseException | None) -> bool:

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import hashlib
 import time
+from collections import defaultdict
 from collections.abc import AsyncIterator, Collection, Iterator
 from uuid import UUID
 
@@ -21,6 +22,7 @@ from exportd.api.documentation import documented
 from exportd.api.download import LEDGER
 from exportd.api.errors import JobNotFound
 from exportd.api.jobs import describe_job
+from exportd.api.limits import LIMITER
 from exportd.api.middleware import LIFECYCLE
 from exportd.auth.permission import may_see
 from exportd.db.job_details import (
@@ -37,6 +39,8 @@ from exportd.db.rows import DownloadEvent
 log = structlog.get_logger()
 
 _LOOK_SECONDS = 1.0
+# Of a job to one user; the newest are told.
+_MOST_DOWNLOADS = 32
 _HEARTBEAT_SECONDS = 15.0
 _PATIENCE_SECONDS = 10.0
 _RETRY_MILLISECONDS = 2000
@@ -45,12 +49,13 @@ _RETRY_MILLISECONDS = 2000
 class Watch:
     """One reader's view of a job: the latest that the hub saw."""
 
-    def __init__(self, job_id: UUID) -> None:
+    def __init__(self, job_id: UUID, user_id: str) -> None:
         self.job_id = job_id
+        self.user_id = user_id
         self.details: JobDetails | None = None
         self.downloads: list[RunningDownload] = []
-        # What each user has of the package, of deliveries that ended.
-        self.received: dict[str, int] = {}
+        # What the reader has of the package, of deliveries that ended.
+        self.received = 0
         self.changed = asyncio.Event()
 
 
@@ -64,9 +69,9 @@ class JobHub:
         self._is_watched = asyncio.Event()
 
     @contextlib.contextmanager
-    def watch(self, job_id: UUID) -> Iterator[Watch]:
-        """A view of the job that is kept up to date while the block lasts."""
-        watch = Watch(job_id)
+    def watch(self, job_id: UUID, user_id: str) -> Iterator[Watch]:
+        """A user's view of the job that is kept up to date while the block lasts."""
+        watch = Watch(job_id, user_id)
         self._watches.add(watch)
         self._is_watched.set()
         try:
@@ -97,17 +102,19 @@ class JobHub:
         await self._ledger.finish_recording()
         progress = await find_progress(self._database, watched)
         found = await find_details(self._database, watched)
-        downloads = {item.event_id: item for item in [*written, *own]}.values()
+        downloads: dict[tuple[UUID, str], list[RunningDownload]] = defaultdict(list)
+        for item in {item.event_id: item for item in [*written, *own]}.values():
+            downloads[item.job_id, item.user_id].append(item)
         for watch in watches:
             if watch.job_id in watched:
                 watch.details = found.get(watch.job_id)
-                watch.downloads = [item for item in downloads if item.job_id == watch.job_id]
-                watch.received = {
-                    user_id: received
-                    for (job_id, user_id), received in progress.items()
-                    if job_id == watch.job_id
-                }
+                watch.downloads = downloads[watch.job_id, watch.user_id][-_MOST_DOWNLOADS:]
+                watch.received = progress.get((watch.job_id, watch.user_id), 0)
                 watch.changed.set()
+
+    def streams_of(self, user_id: str) -> int:
+        """How many views the user has at the moment."""
+        return sum(watch.user_id == user_id for watch in self._watches)
 
 
 def _as_it_runs(event: DownloadEvent) -> RunningDownload:
@@ -154,24 +161,26 @@ async def job_events(request: web.Request) -> web.StreamResponse:
         }
     )
     response.force_close()
-    with request.app[HUB].watch(job_id) as watch:
+    hub = request.app[HUB]
+    request.app[LIMITER].check_streams(principal, hub.streams_of(principal.user_id) + 1)
+    with hub.watch(job_id, principal.user_id) as watch:
         # What is told first is whole: readers measure by it what comes after.
-        await request.app[HUB].look([watch])
+        await hub.look([watch])
         with contextlib.suppress(ConnectionResetError):
             await response.prepare(request)
-            await _send_changes(request, response, watch, principal.user_id, principal.expires_at)
+            await _send_changes(request, response, watch, principal.expires_at)
     return response
 
 
 async def _send_changes(
-    request: web.Request, response: web.StreamResponse, watch: Watch, user_id: str, expires_at: float
+    request: web.Request, response: web.StreamResponse, watch: Watch, expires_at: float
 ) -> None:
     lifecycle = request.app[LIFECYCLE]
     last_id = request.headers.get("Last-Event-ID")
     await response.write(f"retry: {_RETRY_MILLISECONDS}\n\n".encode())
     written_at = time.monotonic()
     while watch.details is not None and not lifecycle.is_draining and time.time() < expires_at:
-        state = orjson.dumps(_describe(watch, watch.details, user_id))
+        state = orjson.dumps(_describe(watch, watch.details))
         state_id = hashlib.sha256(state).hexdigest()[:16]
         line = None
         if state_id != last_id:
@@ -196,9 +205,9 @@ async def _send_changes(
                 await watch.changed.wait()
 
 
-def _describe(watch: Watch, details: JobDetails, user_id: str) -> dict[str, object]:
+def _describe(watch: Watch, details: JobDetails) -> dict[str, object]:
     return describe_job(details) | {
-        "bytesReceived": watch.received.get(user_id, 0),
+        "bytesReceived": watch.received,
         "downloads": [
             {
                 "downloadId": item.event_id,
@@ -207,6 +216,5 @@ def _describe(watch: Watch, details: JobDetails, user_id: str) -> dict[str, obje
                 "bytesAcknowledged": item.bytes_acknowledged,
             }
             for item in watch.downloads
-            if item.user_id == user_id
         ],
     }

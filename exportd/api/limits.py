@@ -34,6 +34,8 @@ class Limits:
     requests_per_minute_per_user: int
     downloads_per_user: int
     downloads_total: int
+    connections_per_download: int
+    event_streams_per_user: int
     bytes_per_user_per_day: int
     admins_exempt: bool
 
@@ -79,23 +81,37 @@ class Limiter:
         it, and never both. Raises RateLimited.
         """
         with self._board.entry(principal.user_id, str(job_id)) as entry:
-            most, most_in_all = self._limits.downloads_per_user, self._limits.downloads_total
-            if (most or most_in_all) and not self._is_exempt(principal):
-                of_user, in_all = self._board.count_downloads(entry)
-                who = f"user {principal.user_id}"
-                if most and of_user > most:
-                    raise self._refuse(RateLimited, "downloads_per_user", who, _DOWNLOAD_RETRY_SECONDS)
-                if most_in_all and in_all > most_in_all:
-                    raise self._refuse(RateLimited, "downloads_total", who, _DOWNLOAD_RETRY_SECONDS)
+            limits = self._limits
+            if not self._is_exempt(principal) and (
+                limits.downloads_per_user or limits.downloads_total or limits.connections_per_download
+            ):
+                found = self._board.count_downloads(entry)
+                self._check_number(principal, "downloads_per_user", found.of_user)
+                self._check_number(principal, "downloads_total", found.in_all)
+                self._check_number(principal, "connections_per_download", found.connections)
             yield entry
+
+    def check_streams(self, principal: Principal, number: int) -> None:
+        """Raises RateLimited where so many event streams are more than a user may have open."""
+        if not self._is_exempt(principal):
+            self._check_number(principal, "event_streams_per_user", number)
+
+    def _check_number(self, principal: Principal, limit: str, number: int) -> None:
+        most: int = getattr(self._limits, limit)
+        if most and number > most:
+            raise self._refuse(RateLimited, limit, f"user {principal.user_id}", _DOWNLOAD_RETRY_SECONDS)
+
+    def may_log(self, what: str, who: str) -> bool:
+        """Whether to write one more line about it: one a minute for each who, so that whoever hammers at
+        something does not fill the log with it."""
+        return not self._rates.take(f"log {what} {who}", 1)
 
     def _is_exempt(self, principal: Principal) -> bool:
         return principal.is_admin and self._limits.admins_exempt
 
     def _refuse(self, kind: type[ApiError], limit: str, who: str, seconds: float) -> ApiError:
         self._metrics.limit_hit(limit)
-        # Whoever hammers at a limit must not fill the log with it.
-        if not self._rates.take(f"log {limit} {who}", 1):
+        if self.may_log(limit, who):
             log.warning("limit_hit", limit=limit, who=who)
         wait = max(1, math.ceil(seconds))
         return kind(extra={"limit": limit, "retryAfterSeconds": wait}, headers={"Retry-After": str(wait)})

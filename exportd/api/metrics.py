@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 
 from aiohttp import web
 
@@ -11,9 +11,12 @@ from exportd.api import operations
 from exportd.api.access import DATABASE
 from exportd.api.documentation import documented
 from exportd.api.download import LEDGER
+from exportd.api.errors import RouteNotFound
+from exportd.api.limits import CLIENT
 from exportd.api.middleware import METRICS, RECEIVED_AT
 from exportd.db.jobs import sum_packages
 from exportd.db.pool import Database, DatabaseUnavailable
+from exportd.http.forwarded import Network, parse_address
 from exportd.telemetry.lag import watch_lag
 from exportd.telemetry.metrics import CONTENT_TYPE
 
@@ -78,12 +81,17 @@ class DatabaseProbe:
             self.packages = None
 
 
+# Who may read them.
+METRICS_FROM = web.AppKey("metrics_from", Collection[Network])
 PROBE = web.AppKey("database_probe", DatabaseProbe)
 
 
 @documented(operations.METRICS)
 async def metrics(request: web.Request) -> web.Response:
-    """All metrics of all processes, as Prometheus reads them."""
+    """All metrics of all processes, as Prometheus reads them, for those who may. Raises RouteNotFound."""
+    client = parse_address(request[CLIENT])
+    if client is None or not any(client in network for network in request.app[METRICS_FROM]):
+        raise RouteNotFound
     probe = request.app[PROBE]
     await probe.look()
     _flush(request.app)

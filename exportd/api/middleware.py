@@ -19,6 +19,8 @@ from exportd.api.errors import (
     InternalError,
     MethodNotAllowed,
     MisdirectedRequest,
+    QuotaExceeded,
+    RateLimited,
     RouteNotFound,
     ShuttingDown,
     error_page,
@@ -41,6 +43,11 @@ RECEIVED_AT = web.RequestKey("received_at", float)
 
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}", re.ASCII)
 _TRACE_PARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?", re.ASCII)
+# RFC 9110, section 7.2: a host and, maybe, a port; neither a user nor a path.
+_HOST = re.compile(r"(\[[^][/?#@\s]*\]|[^][/?#@:\s]*)(?::[0-9]{0,5})?", re.ASCII)
+_NO_WEIGHT = re.compile(r"q=0(?:\.0*)?", re.ASCII)
+# Whoever asks too much holds no place; and after what two readers could understand differently comes nothing.
+_END_THE_CONNECTION = (BadRequest, RateLimited, QuotaExceeded)
 _SERVER = "exportd"
 _NOTHING_TO_LOAD = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 # A probe must be able to tell "draining" from "gone"; a drain may take an hour, and is worth watching.
@@ -62,6 +69,7 @@ async def edge(request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
             if lifecycle.is_draining and request.path not in _PROBES:
                 raise ShuttingDown
+            _check_framing(request)
             if request.path not in _PROBES:
                 _check_host(request)
                 request.app[LIMITER].check_address(request[CLIENT])
@@ -70,6 +78,8 @@ async def edge(request: web.Request, handler: Handler) -> web.StreamResponse:
         except ApiError as error:
             respond = error_page if _is_for_a_person(request) else error_response
             response = respond(error, request_id)
+            if isinstance(error, _END_THE_CONNECTION):
+                response.force_close()
         except web.HTTPNotFound:
             response = error_response(RouteNotFound(), request_id)
         except web.HTTPMethodNotAllowed as error:
@@ -119,23 +129,36 @@ def _check_host(request: web.Request) -> None:
     fields = request.headers.getall("Host", [])
     if len(fields) > 1 or (not fields and request.version >= HttpVersion11):
         raise BadRequest
-    allowed = request.app[ALLOWED_HOSTS]
-    if not allowed:
-        return
     # A target in absolute form goes before the field (RFC 9112, section 3.2.2).
-    is_absolute = not request.raw_path.startswith("/")
+    is_absolute = not request.raw_path.startswith(("/", "*"))
     try:
-        authority = urlsplit(request.raw_path if is_absolute else f"//{fields[0] if fields else ''}")
-        host, _ = authority.hostname, authority.port
+        authority = urlsplit(request.raw_path).netloc if is_absolute else "".join(fields)
     except ValueError as error:
         raise BadRequest from error
-    if host not in allowed:
+    found = _HOST.fullmatch(authority)
+    if found is None:
+        raise BadRequest
+    allowed = request.app[ALLOWED_HOSTS]
+    if allowed and found[1].strip("[]").lower() not in allowed:
         raise MisdirectedRequest
+
+
+def _check_framing(request: web.Request) -> None:
+    """Raises BadRequest where a proxy in front could see another end of the body (RFC 9112, section 6.1)."""
+    codings = request.headers.getall("Transfer-Encoding", [])
+    if codings and (request.version < HttpVersion11 or [coding.lower() for coding in codings] != ["chunked"]):
+        raise BadRequest
 
 
 def _is_for_a_person(request: web.Request) -> bool:
     """Whether a browser goes to this address, as to a link; a page's own requests ask for anything."""
-    return request.method == "GET" and "text/html" in request.headers.get("Accept", "").lower()
+    if request.method != "GET":
+        return False
+    for item in request.headers.get("Accept", "").lower().split(","):
+        media_type, *parameters = (part.strip() for part in item.split(";"))
+        if media_type == "text/html" and not any(map(_NO_WEIGHT.fullmatch, parameters)):
+            return True
+    return False
 
 
 def _request_id(request: web.Request) -> str:

@@ -19,8 +19,9 @@ _RSA_ALGORITHMS = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512")
 _EC_ALGORITHMS = {"secp256r1": "ES256", "secp384r1": "ES384", "secp521r1": "ES512"}
 # An HMAC key is at least as long as the hash (RFC 7518, section 3.2).
 HMAC_ALGORITHMS = {"HS256": 32, "HS384": 48, "HS512": 64}
-# RFC 7518, section 3.3.
+# RFC 7518, section 3.3; and a limit on what a verification may cost.
 _LEAST_RSA_BITS = 2048
+_MOST_RSA_BITS = 16384
 
 
 class UnusableKey(Exception):
@@ -105,6 +106,8 @@ def _algorithms_of(key: object) -> frozenset[str]:
         case rsa.RSAPublicKey():
             if key.key_size < _LEAST_RSA_BITS:
                 raise UnusableKey(f"an RSA key of fewer than {_LEAST_RSA_BITS} bits")
+            if key.key_size > _MOST_RSA_BITS:
+                raise UnusableKey(f"an RSA key of more than {_MOST_RSA_BITS} bits")
             return frozenset(_RSA_ALGORITHMS)
         case ec.EllipticCurvePublicKey() if key.curve.name in _EC_ALGORITHMS:
             return frozenset({_EC_ALGORITHMS[key.curve.name]})

@@ -7,6 +7,7 @@ come to the same division, and each applies it to its own connections.
 import asyncio
 import contextlib
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from exportd.limits.fairness import share_by_group
 
 _LOOK_SECONDS = 0.25
 # A connection that takes less than this part of its rate cannot take more; it is offered a little more than
-# it takes, to find out when it can.
+# it takes, to find out when it can. A user's connections share what they are offered at the least.
 _CONTENT = 0.75
 _HEADROOM = 1.3
 _LEAST_PART = 0.01
@@ -68,10 +69,12 @@ class FairShare:
         while True:
             await asyncio.sleep(_LOOK_SECONDS)
             now = loop.time()
-            self._look(now - before)
+            self.look(now - before)
             before = now
 
-    def _look(self, seconds: float) -> None:
+    def look(self, seconds: float) -> None:
+        """Divides anew, by what each took in the seconds since the last look."""
+        connections = Counter(entry.user for entry in self._members)
         for member in self._members.values():
             taken = member.acknowledged()
             member.takes += _SMOOTHING * ((taken - member.taken_before) / seconds - member.takes)
@@ -79,7 +82,8 @@ class FairShare:
             if member.looks <= _GRACE_LOOKS or member.takes >= _CONTENT * member.rate:
                 member.entry.demand = math.inf
             else:
-                member.entry.demand = member.takes * _HEADROOM + self._total * _LEAST_PART
+                least = self._total * _LEAST_PART / connections[member.entry.user]
+                member.entry.demand = member.takes * _HEADROOM + least
             self._board.publish(member.entry)
         self._divide()
 

@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from exportd.limits.memory import ENTRIES, SharedMemory
 
@@ -16,6 +17,14 @@ class Entry:
     user: int
     download: int
     demand: float = field(default=math.inf)
+
+
+class Count(NamedTuple):
+    """Downloads of a user, downloads of all, and deliveries of one download."""
+
+    of_user: int
+    in_all: int
+    connections: int
 
 
 class Board:
@@ -73,11 +82,14 @@ class Board:
             if user
         ]
 
-    def count_downloads(self, entry: Entry) -> tuple[int, int]:
-        """Downloads under way: those of the entry's user, and all; its own included."""
+    def count_downloads(self, entry: Entry) -> Count:
+        """What is under way, the entry itself included."""
         entries = self.own + self.others()
-        of_user = {other.download for other in entries if other.user == entry.user}
-        return len(of_user), len({other.download for other in entries})
+        return Count(
+            of_user=len({other.download for other in entries if other.user == entry.user}),
+            in_all=len({other.download for other in entries}),
+            connections=sum(other.download == entry.download for other in entries),
+        )
 
     def _hash(self, name: str) -> int:
         digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8, key=self._key).digest()

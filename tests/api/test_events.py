@@ -5,7 +5,7 @@ import contextlib
 import json
 import time
 from collections.abc import AsyncIterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -14,6 +14,7 @@ import pytest
 from exportd.api import events
 from exportd.api.events import HUB
 from exportd.api.middleware import LIFECYCLE
+from exportd.db import ledger
 from exportd.db.downloads import checkpoint_downloads
 from exportd.db.pool import Database
 from tests.db.test_ledger import event
@@ -120,15 +121,16 @@ async def test_the_callers_own_downloads_are_told_as_they_go(
 
 
 async def test_a_download_is_told_to_the_byte_while_it_runs_and_what_came_of_it(
-    start: Start, jobs: Jobs
+    start: Start, jobs: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(ledger, "_FIRST_CHECKPOINT_SECONDS", 600)
     client = await start()
     package = jobs.add(noise(30_000_000))
     async with watching(client, package) as stream:
         state = (await stream.next())[1]
         assert (state["downloads"], state["bytesReceived"]) == ([], 0)
         async with client.get(package.url, headers={**ANN, "Range": "bytes=0-19999999"}) as response:
-            # Long before the first checkpoint.
+            # Before it is written down.
             await response.content.readexactly(1_000_000)
             while not state["downloads"] or state["downloads"][0]["bytesAcknowledged"] < 1_000_000:
                 state = (await stream.next())[1]
@@ -147,6 +149,22 @@ async def test_a_download_is_told_to_the_byte_while_it_runs_and_what_came_of_it(
         assert (state["bytesReceived"], state["downloads"]) == (0, [])
     async with watching(client, package, bearer("root", "admin")) as stream:
         assert (await stream.next())[1]["bytesReceived"] == 0
+
+
+async def test_of_very_many_downloads_the_newest_are_told(
+    start: Start, jobs: Jobs, database: Database
+) -> None:
+    client = await start()
+    package = jobs.add(noise(1000))
+    began = datetime.now(UTC)
+    running = [
+        event(UUID(package.job_id), outcome="running", received=(), started_at=began + timedelta(seconds=n))
+        for n in range(40)
+    ]
+    await checkpoint_downloads(database, running)
+    async with watching(client, package) as stream:
+        told = [download["downloadId"] for download in (await stream.next())[1]["downloads"]]
+    assert told == [str(item.event_id) for item in running[8:]]
 
 
 async def test_who_comes_again_is_not_told_what_they_know(start: Start, jobs: Jobs) -> None:

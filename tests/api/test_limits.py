@@ -141,6 +141,32 @@ async def test_of_many_that_start_together_no_more_than_allowed_run(start: Start
     assert (await ask(client, packages[0].url))[0] == 200
 
 
+async def test_a_download_has_so_many_connections(start: Start, jobs: Jobs) -> None:
+    client = await start(limits={"connections_per_download": 2}, download=SLOWLY)
+    package, other = jobs.add(noise(SIZE)), jobs.add(noise(SIZE))
+    async with Slow(client, package) as first, Slow(client, package) as second:
+        assert (first, second) == (200, 200)
+        assert await ask(client, package.url) == (429, ("RATE_LIMITED", "connections_per_download"))
+        async with Slow(client, other) as third, Slow(client, package, ADMIN) as admins:
+            assert (third, admins) == (200, 200)
+    await until_idle(client)
+    async with Slow(client, package) as again:
+        assert again == 200
+
+
+async def test_a_user_follows_so_many_jobs_at_once(start: Start, jobs: Jobs) -> None:
+    client = await start(limits={"event_streams_per_user": 2})
+    package = jobs.add()
+    url = f"{BASE}/{package.job_id}/events"
+    async with client.get(url, headers=ANN), client.get(url, headers=ANN):
+        assert await ask(client, url) == (429, ("RATE_LIMITED", "event_streams_per_user"))
+        async with client.get(url, headers=ADMIN) as admins:
+            assert admins.status == 200
+    await until_idle(client)
+    async with client.get(url, headers=ANN) as again:
+        assert again.status == 200
+
+
 async def test_a_day_s_bytes_are_counted_by_the_ledger(start: Start, jobs: Jobs) -> None:
     client = await start(limits={"bytes_per_user_per_day": 2 * SIZE})
     package, eves = jobs.add(noise(SIZE)), jobs.add(noise(SIZE), user_id="eve")

@@ -287,10 +287,10 @@ async def test_a_dead_link_is_told_in_words_to_a_person(start: Start, jobs: Jobs
         assert "The download link has expired" in page
         assert response.headers["X-Request-ID"] in page
         assert "<script" not in page
-    for accept in ("*/*", "application/json"):
+    for accept in ("*/*", "application/json", "application/json, text/html;q=0", "text/html; q=0.000"):
         assert await code_of(client, url, Accept=accept) == DEAD
     metrics = await scrape(client)
-    assert metrics['exportd_access_refused_total{reason="bad_link"}'] == 3
+    assert metrics['exportd_access_refused_total{reason="bad_link"}'] == 5
 
 
 async def test_a_good_link_is_a_package_to_a_person_too(start: Start, jobs: Jobs) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.application import ANN, BASE, Jobs, Package, noise
-from tests.support.daemon import Daemon, Exportd, wait_for
+from tests.support.daemon import Daemon, Exportd, serve_https, wait_for
 from tests.support.scrape import samples_of
 
 HOST = b"Host: localhost\r\n"
@@ -85,6 +85,14 @@ MALFORMED: dict[str, bytes] = {
     "a bare CR in a field": GET + b"A: b\rContent-Length: 35\r\n\r\n" + SMUGGLED,
     "a bad chunk": b"POST /healthz HTTP/1.1\r\n" + HOST + b"Transfer-Encoding: chunked\r\n\r\nxyz\r\n",
     "two hosts": b"GET /nothing HTTP/1.1\r\nHost: a\r\nHost: b\r\n" + END,
+    "chunks in HTTP/1.0": b"POST /healthz HTTP/1.0\r\nConnection: keep-alive\r\n" + HOST
+    + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
+    "another coding first": b"POST /healthz HTTP/1.1\r\n" + HOST
+    + b"Transfer-Encoding: identity, chunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
+    "a user in the host": b"GET /nothing HTTP/1.1\r\nHost: x@localhost\r\n" + END,
+    "a path in the host": b"GET /nothing HTTP/1.1\r\nHost: localhost/x\r\n" + END,
+    "a fragment in the host": b"GET /nothing HTTP/1.1\r\nHost: localhost#x\r\n" + END,
+    "a port that is none": b"GET /nothing HTTP/1.1\r\nHost: localhost:x\r\n" + END,
     "no host": b"GET /nothing HTTP/1.1\r\n" + END,
 }  # fmt: skip
 
@@ -110,7 +118,8 @@ def test_what_is_no_request_is_told_so_once(daemon: Daemon) -> None:
         assert (fields["server"], fields["cache-control"]) == ("exportd", "no-store")
     assert not wrong
     assert b"smuggled" not in json.dumps(daemon.log).encode()
-    assert metric(daemon, 'exportd_connections_refused_total{reason="malformed"}') >= len(MALFORMED) - 3
+    # Some are HTTP, and refused by the edge.
+    assert metric(daemon, 'exportd_connections_refused_total{reason="malformed"}') >= len(MALFORMED) - 8
     assert not [line for line in daemon.log if line["level"] == "error"]
 
 
@@ -142,6 +151,34 @@ def test_a_strange_method_is_answered(daemon: Daemon, method: str) -> None:
         assert fields["content-type"].startswith("application/json")
 
 
+def test_malformed_requests_count_as_requests_and_fill_no_log(exportd: Exportd) -> None:
+    daemon = exportd.serve(EXPORTD_LIMITS__REQUESTS_PER_MINUTE_PER_ADDRESS="5")
+    found = [answers(converse(daemon, b"nonsense\r\n\r\n"))[0] for _ in range(12)]
+    assert [status for status, _, _ in found] == [400] * 5 + [429] * 7
+    assert json.loads(found[-1][2])["limit"] == "requests_per_minute_per_address"
+    assert int(found[-1][1]["retry-after"]) > 0
+    assert len(daemon.events("request_malformed")) == 1
+
+
+def test_who_asks_too_much_holds_no_connection(exportd: Exportd) -> None:
+    daemon = exportd.serve(EXPORTD_LIMITS__REQUESTS_PER_MINUTE_PER_ADDRESS="2")
+    request = b"GET /nothing HTTP/1.1\r\n" + HOST + b"\r\n"
+    found = answers(converse(daemon, request * 5))
+    assert [status for status, _, _ in found] == [404, 404, 429]
+    assert found[-1][1]["connection"] == "close"
+
+
+def test_metrics_are_for_those_who_may(exportd: Exportd) -> None:
+    daemon = exportd.serve(EXPORTD_SERVER__METRICS_FROM='["10.0.0.0/8"]')
+    ask = b"GET /metrics HTTP/1.1\r\n" + HOST + END
+    ((status, _, body),) = answers(converse(daemon, ask))
+    assert (status, json.loads(body)["code"]) == (404, "NOT_FOUND")
+    proxied = exportd.serve(EXPORTD_SERVER__TRUSTED_PROXIES='["127.0.0.1"]')
+    assert answers(converse(proxied, ask))[0][0] == 200
+    outside = b"GET /metrics HTTP/1.1\r\nX-Forwarded-For: 203.0.113.7\r\n" + HOST + END
+    assert answers(converse(proxied, outside))[0][0] == 404
+
+
 def test_an_upgrade_is_not_taken(daemon: Daemon) -> None:
     request = GET + b"Connection: Upgrade, close\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n\r\n"
     ((status, _, _),) = answers(converse(daemon, request))
@@ -160,6 +197,12 @@ def test_a_body_that_nobody_asked_for_ends(daemon: Daemon) -> None:
     sent = b"GET /healthz HTTP/1.1\r\n" + HOST + b"Content-Length: 100000000000\r\n\r\n" + b"x" * 1_000_000
     ((status, _, _),) = answers(converse(daemon, sent))
     assert status == 200
+
+
+def test_a_body_is_not_unpacked(daemon: Daemon) -> None:
+    """A small one could become as large as it likes."""
+    body = GET + b"Content-Encoding: deflate\r\nContent-Length: 7\r\n\r\ngarbage"
+    assert [status for status, _, _ in answers(converse(daemon, body + GET + END))] == [200, 200]
 
 
 def test_a_head_that_is_too_large_is_told_so(daemon: Daemon) -> None:
@@ -226,6 +269,65 @@ def test_more_connections_than_allowed_are_closed(exportd: Exportd, workers: int
     wait_for("an answer", answered)
     for client in idle:
         client.close()
+
+
+def test_one_address_has_so_many_connections_and_a_proxy_any_number(exportd: Exportd) -> None:
+    daemon = exportd.serve(EXPORTD_LIMITS__CONNECTIONS_PER_ADDRESS="3")
+    held = [open_connection(daemon) for _ in range(3)]
+    refused = open_connection(daemon)
+    assert not is_answered(refused)
+    held.pop().close()
+
+    def finds_room() -> bool:
+        with open_connection(daemon) as another:
+            return is_answered(another)
+
+    wait_for("the place of the one that left", finds_room)
+    assert metric_of(held[0], 'exportd_connections_refused_total{reason="too_many_of_address"}') >= 1
+    proxied = exportd.serve(
+        EXPORTD_LIMITS__CONNECTIONS_PER_ADDRESS="3", EXPORTD_SERVER__TRUSTED_PROXIES='["127.0.0.1"]'
+    )
+    many = [open_connection(proxied) for _ in range(9)]
+    assert all(map(is_answered, many))
+    for client in (*held, refused, *many):
+        client.close()
+
+
+def open_connection(daemon: Daemon) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", daemon.port), timeout=20)
+
+
+def is_answered(client: socket.socket, path: str = "/healthz") -> bool:
+    """Whether the connection brings an answer; it is kept."""
+    with contextlib.suppress(ConnectionError):
+        client.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        return client.recv(65536).startswith(b"HTTP/1.1 200 ")
+    return False
+
+
+def metric_of(client: socket.socket, name: str) -> float:
+    """As ``metric``, by a connection that is open already."""
+    client.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    received = b""
+    while data := client.recv(65536):
+        received += data
+    return samples_of(received.partition(b"\r\n\r\n")[2].decode()).get(name, 0)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_tls_client_that_never_says_hello_is_cut_off(
+    exportd: Exportd, tmp_path: Path, workers: int
+) -> None:
+    daemon, context = serve_https(
+        exportd, tmp_path, "--workers", workers, EXPORTD_SERVER__HEAD_TIMEOUT_SECONDS="1"
+    )
+    # The loop's own limit is a minute.
+    silent = [socket.create_connection(("127.0.0.1", daemon.port), timeout=30) for _ in range(20)]
+    for client in silent:
+        assert client.recv(1) == b""
+        client.close()
+    with open_connection(daemon) as plain, context.wrap_socket(plain, server_hostname="127.0.0.1") as client:
+        assert is_answered(client)
 
 
 def test_a_daemon_that_ran_out_of_descriptors_recovers(exportd: Exportd, tmp_path: Path) -> None:

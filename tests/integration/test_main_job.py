@@ -7,7 +7,6 @@ import os
 import random
 import signal
 import socket
-import ssl
 import subprocess
 import sys
 import threading
@@ -16,12 +15,11 @@ from pathlib import Path
 
 import psycopg2
 import pytest
-import trustme
 
 from exportd.db import migrate as migrations
 from exportd.db.embedded import embedded_server
 from tests.support.application import ANN, BASE, SECRET, bearer
-from tests.support.daemon import Daemon, Exportd, wait_for
+from tests.support.daemon import Daemon, Exportd, serve_https, wait_for
 from tests.support.postgres import query
 from tests.support.programs import require
 
@@ -105,21 +103,6 @@ def test_a_ready_package_is_served_byte_for_byte(exportd: Exportd, source: Path,
     published = exportd.publish(ready)
     daemon = exportd.serve()
     assert get(daemon, path_of(published)) == (200, ready.read_bytes())
-
-
-def serve_https(exportd: Exportd, folder: Path) -> tuple[Daemon, ssl.SSLContext]:
-    """A daemon with a certificate of its own, and a context that trusts it."""
-    authority = trustme.CA()
-    certificate = authority.issue_cert("127.0.0.1")
-    certificate.private_key_pem.write_to_path(folder / "key.pem")
-    for pem in certificate.cert_chain_pems:
-        pem.write_to_path(folder / "cert.pem", append=True)
-    daemon = exportd.serve(
-        EXPORTD_SERVER__TLS_CERT=str(folder / "cert.pem"), EXPORTD_SERVER__TLS_KEY=str(folder / "key.pem")
-    )
-    context = ssl.create_default_context()
-    authority.configure_trust(context)
-    return daemon, context
 
 
 def test_a_client_that_leaves_an_https_download_has_not_got_it(

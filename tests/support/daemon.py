@@ -5,6 +5,7 @@ import json
 import os
 import random
 import signal
+import ssl
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 
 from tests.support.application import SECRET
 
@@ -148,3 +150,21 @@ def source(tmp_path: Path) -> Path:
     (folder / "data.bin").write_bytes(random.Random(1).randbytes(2_000_000))
     (folder / "readme.txt").write_text("hello\n" * 1000)
     return folder
+
+
+def serve_https(
+    exportd: Exportd, folder: Path, *options: object, **environ: str
+) -> tuple[Daemon, ssl.SSLContext]:
+    """A daemon with a certificate of its own, and a context that trusts it."""
+    authority = trustme.CA()
+    certificate = authority.issue_cert("127.0.0.1")
+    certificate.private_key_pem.write_to_path(folder / "key.pem")
+    for pem in certificate.cert_chain_pems:
+        pem.write_to_path(folder / "cert.pem", append=True)
+    files = {"CERT": str(folder / "cert.pem"), "KEY": str(folder / "key.pem")}
+    daemon = exportd.serve(
+        *options, **{f"EXPORTD_SERVER__TLS_{name}": file for name, file in files.items()}, **environ
+    )
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    return daemon, context
