@@ -185,6 +185,7 @@ CREATE TABLE exportd_download_links (
     created_at timestamptz NOT NULL DEFAULT now(),
     start_until timestamptz NOT NULL,
     resume_until timestamptz NOT NULL,
+    begun_at timestamptz,
     revoked_at timestamptz
 );
 

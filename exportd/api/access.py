@@ -80,10 +80,15 @@ async def find_requested_link(request: web.Request, job_id: UUID) -> Link | None
     if link is None or link.job_id != job_id:
         raise refuse_link(request, "unknown")
     structlog.contextvars.bind_contextvars(user_id=link.user_id, by="link")
-    request.app[LIMITER].check_user(Principal(link.user_id, link.is_admin))
+    request.app[LIMITER].check_user(link_principal(link))
     if link.is_revoked:
         raise refuse_link(request, "revoked")
     return link
+
+
+def link_principal(link: Link) -> Principal:
+    """As whom a link downloads."""
+    return Principal(link.user_id, link.is_admin, by_link=True)
 
 
 def refuse_link(request: web.Request, reason: str) -> LinkExpired:

@@ -17,6 +17,7 @@ from exportd.api.access import (
     DATABASE,
     authenticate,
     find_requested_link,
+    link_principal,
     refuse,
     refuse_link,
     requested_job_id,
@@ -26,6 +27,7 @@ from exportd.api.errors import (
     ApiError,
     FileNotFound,
     JobNotFound,
+    LinkExpired,
     PackageExpired,
     PackageNotReady,
     PreconditionFailed,
@@ -39,7 +41,7 @@ from exportd.auth.principal import Principal
 from exportd.db.expiry import has_unfinished_download
 from exportd.db.jobs import JobFinder
 from exportd.db.ledger import DownloadLedger
-from exportd.db.links import Link
+from exportd.db.links import Link, mark_begun
 from exportd.db.rows import DownloadEvent, Job
 from exportd.delivery.outcome import FAILURES, Delivery, Progress
 from exportd.delivery.response import DeliveryOptions, deliver
@@ -80,13 +82,13 @@ async def download_package(request: web.Request) -> web.StreamResponse:
     """Sends the package of a completed job to its creator or an admin, or by a link that one of them made."""
     job_id = requested_job_id(request)
     link = await find_requested_link(request, job_id)
-    principal = Principal(link.user_id, link.is_admin) if link else await authenticate(request)
+    principal = link_principal(link) if link else await authenticate(request)
     job = await request.app[JOBS].find_job(job_id)
     if job is None:
         raise JobNotFound
-    await check_permission(request, principal, job)
+    too_late = await check_permission(request, principal, job)
     if link is not None:
-        await _check_link(request, link, principal, job)
+        too_late = await _check_link(request, link, principal, job) or too_late
     with open_package(request, job) as package:
         representation = _describe(job, package)
         fields, max_ranges = _request_fields(request), request.app[MAX_RANGES]
@@ -99,55 +101,67 @@ async def download_package(request: web.Request) -> web.StreamResponse:
                 raise PreconditionFailed
             case 416:
                 raise RangeNotSatisfiable(headers={"Content-Range": f"bytes */{package.size_bytes}"})
+            case 200 if too_late is not None and request.method == "GET":
+                raise too_late
         body = frame_body(plan.status, plan.parts, package.size_bytes, _CONTENT_TYPE)
         headers = _package_headers(request, job, representation) | body.headers
         response = web.StreamResponse(status=plan.status, headers=headers)
         if request.method == "HEAD":
             return response
+        if link is not None:
+            await mark_begun(request.app[DATABASE], link)
         return await _deliver(request, response, principal, job, package, plan, body.segments)
 
 
 async def check_permission(
     request: web.Request, principal: Principal, job: Job, *, may_resume: bool = True
-) -> None:
+) -> ApiError | None:
     """Raises what a principal is answered who may not download the package now.
 
-    ``may_resume``: of an expired one, what was begun may be resumed for the grace time.
+    ``may_resume``: of an expired one, what was begun may be resumed for the grace time. Then this returns
+    what to answer should the request turn out to ask for the whole package again.
     """
     match decide_download(principal, job, request.app[RESUME_GRACE]):
         case Decision.UNAUTHORIZED:
             raise refuse(request, job.user_id)
         case Decision.NOT_READY:
             raise _denied(PackageNotReady(extra={"jobStatus": job.status}))
-        case Decision.RESUMABLE if may_resume and await _is_resume(request, principal, job):
-            pass
-        case Decision.EXPIRED | Decision.RESUMABLE:
+        case Decision.EXPIRED | Decision.RESUMABLE as decision:
             expires_at = job.package_expires_at and job.package_expires_at.isoformat()
-            raise _denied(PackageExpired(extra={"expiresAt": expires_at}))
+            expired = PackageExpired(extra={"expiresAt": expires_at})
+            if decision is Decision.RESUMABLE and may_resume and await _is_resume(request, principal, job):
+                return expired
+            raise _denied(expired)
         case Decision.SUSPECT:
             log.error("download_failed", reason="the package is suspect")
             request.app[METRICS].download_refused("suspect")
             raise StorageError
         case Decision.ALLOWED:
-            pass
+            return None
 
 
 async def _is_resume(request: web.Request, principal: Principal, job: Job) -> bool:
-    """Whether the request goes on with a download that the principal began, or asks how to (HEAD)."""
+    """Whether the request may go on with a download that the principal began, or asks how to (HEAD)."""
     if request.method != "HEAD" and "Range" not in request.headers:
         return False
     await request.app[LEDGER].settle(job.job_id)
     return await has_unfinished_download(request.app[DATABASE], job.job_id, principal.user_id)
 
 
-async def _check_link(request: web.Request, link: Link, principal: Principal, job: Job) -> None:
-    """Raises LinkExpired where the link's time is up, or the package is not the one it was made for."""
+async def _check_link(request: web.Request, link: Link, principal: Principal, job: Job) -> ApiError | None:
+    """Raises LinkExpired where the link's time is up, or the package is not the one it was made for.
+
+    Returns it where the link may only resume what it began.
+    """
     if link.package_sha256 != job.package_sha256:
         raise refuse_link(request, "replaced")
     if job.read_at >= link.resume_until:
         raise refuse_link(request, "expired")
-    if job.read_at >= link.start_until and not await _is_resume(request, principal, job):
+    if job.read_at < link.start_until:
+        return None
+    if not link.is_begun or not await _is_resume(request, principal, job):
         raise refuse_link(request, "too late to start")
+    return LinkExpired()
 
 
 def _denied(error: ApiError) -> ApiError:

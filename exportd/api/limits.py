@@ -107,7 +107,8 @@ class Limiter:
         return not self._rates.take(f"log {what} {who}", 1)
 
     def _is_exempt(self, principal: Principal) -> bool:
-        return principal.is_admin and self._limits.admins_exempt
+        # An admin's link may be in anybody's hands.
+        return principal.is_admin and not principal.by_link and self._limits.admins_exempt
 
     def _refuse(self, kind: type[ApiError], limit: str, who: str, seconds: float) -> ApiError:
         self._metrics.limit_hit(limit)

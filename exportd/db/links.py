@@ -7,9 +7,21 @@ from uuid import UUID
 from exportd.db.pool import Database
 from exportd.db.rows import Job
 
+# Of one user to one package. Nobody needs as many; who makes more loses the oldest.
+_MOST_LINKS = 100
+
 # The row is there or it is not: a second try after a lost connection inserts nothing and reads it back.
-_MAKE_LINK = """
-WITH inserted AS (
+MAKE_LINK = """
+WITH surplus AS (
+    DELETE FROM exportd_download_links
+     WHERE ticket_sha256 IN (
+               SELECT ticket_sha256
+                 FROM exportd_download_links
+                WHERE job_id = %(job_id)s AND user_id = %(user_id)s AND ticket_sha256 <> %(ticket_sha256)s
+                ORDER BY created_at DESC, ticket_sha256
+               OFFSET %(most_others)s
+           )
+), inserted AS (
     INSERT INTO exportd_download_links (
         ticket_sha256, job_id, user_id, is_admin, package_sha256, start_until, resume_until
     )
@@ -27,9 +39,14 @@ LIMIT 1
 """
 
 FIND_LINK = """
-SELECT job_id, user_id, is_admin, package_sha256, start_until, resume_until, revoked_at IS NOT NULL
+SELECT ticket_sha256, job_id, user_id, is_admin, package_sha256, start_until, resume_until,
+       begun_at IS NOT NULL, revoked_at IS NOT NULL
   FROM exportd_download_links
  WHERE ticket_sha256 = %s
+"""
+
+_BEGIN = """
+UPDATE exportd_download_links SET begun_at = now() WHERE ticket_sha256 = %s AND begun_at IS NULL
 """
 
 REVOKE_LINKS = """
@@ -48,14 +65,19 @@ PRUNE_LINKS = "DELETE FROM exportd_download_links WHERE resume_until < now() - m
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """A link: which job's package, as it was then, it downloads as whom, and for how long."""
+    """A link: which job's package, as it was then, it downloads as whom, and for how long.
 
+    ``is_begun``: a download by it has started.
+    """
+
+    ticket_sha256: bytes
     job_id: UUID
     user_id: str
     is_admin: bool
     package_sha256: str | None
     start_until: datetime
     resume_until: datetime
+    is_begun: bool
     is_revoked: bool
 
 
@@ -73,9 +95,10 @@ async def make_link(
     Idempotent by ``ticket_sha256``. Raises DatabaseUnavailable.
     """
     row = await database.fetch_one(
-        _MAKE_LINK,
+        MAKE_LINK,
         {
             "ticket_sha256": ticket_sha256,
+            "most_others": _MOST_LINKS - 1,
             "job_id": job.job_id,
             "user_id": user_id,
             "is_admin": is_admin,
@@ -91,7 +114,13 @@ async def make_link(
 async def find_link(database: Database, ticket_sha256: bytes) -> Link | None:
     """The link of that ticket, dead or alive. Raises DatabaseUnavailable."""
     row = await database.fetch_one(FIND_LINK, (ticket_sha256,))
-    return Link(*row) if row else None
+    return Link(bytes(row[0]), *row[1:]) if row else None
+
+
+async def mark_begun(database: Database, link: Link) -> None:
+    """A download by the link starts: from now on it can be resumed. Raises DatabaseUnavailable."""
+    if not link.is_begun:
+        await database.fetch_all(_BEGIN, (link.ticket_sha256,))
 
 
 async def revoke_links(database: Database, job_id: UUID, user_id: str | None) -> int:

@@ -34,7 +34,8 @@ TABLE = ApiError.__subclasses__()
 NOT_DOCUMENTED = {"/", "/page/{name}", "/api-docs", "/api-docs/{name}"}
 # Fields that every request may have, and OpenAPI has its own words for, or none.
 GENERAL_FIELDS = {
-    "Accept", "Access-Control-Request-Method", "Authorization", "Expect", "Host", "Origin", "User-Agent",
+    "Accept", "Access-Control-Request-Method", "Authorization", "Expect", "Host", "Origin",
+    "Transfer-Encoding", "User-Agent",
 }  # fmt: skip
 LONG_AGO = datetime.now(UTC) - timedelta(days=3)
 

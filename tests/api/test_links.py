@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from exportd.api.access import ticket_digest
 from exportd.db.links import prune_links
 from exportd.db.pool import Database
-from tests.support.application import ADMIN, ANN, BASE, EVE, Jobs, Package, Start, noise, until_idle
+from tests.support.application import ADMIN, ANN, BASE, EVE, Jobs, Package, Start, bearer, noise, until_idle
 from tests.support.postgres import query
 from tests.support.scrape import scrape
 
@@ -170,6 +170,45 @@ async def test_nothing_that_was_not_begun_goes_on_late(start: Start, jobs: Jobs)
         assert response.status == 410
 
 
+async def test_what_was_begun_otherwise_is_not_the_links(start: Start, jobs: Jobs) -> None:
+    client = await start()
+    package = jobs.add(noise(SIZE))
+    url = await make(client, package)
+    # By a HEAD nothing is begun, nor by a range that is nowhere.
+    async with client.head(url) as response:
+        assert response.status == 200
+    assert (await code_of(client, url, Range=f"bytes={SIZE}-"))[0] == 416
+    age(jobs, HOUR + 1)
+    async with client.get(package.url, headers={**ANN, "Range": "bytes=0-0"}) as response:
+        assert response.status == 206
+    await until_idle(client)
+    assert await code_of(client, url, Range="bytes=1-") == DEAD
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"Range": "x"},
+        {"Range": "bytes=5-4"},
+        {"Range": "items=1-"},
+        {"Range": "bytes=1000000-", "If-Range": '"x"'},
+    ],
+)
+async def test_a_resume_that_asks_for_the_whole_is_a_start(
+    start: Start, jobs: Jobs, fields: dict[str, str]
+) -> None:
+    client = await start()
+    package = jobs.add(noise(SIZE))
+    url = await make(client, package)
+    await begin(client, url)
+    age(jobs, HOUR + 1)
+    assert await code_of(client, url, **fields) == DEAD
+    query(jobs.dsn, "UPDATE export_jobs SET package_expires_at = now() - interval '1 minute'")
+    assert await code_of(client, package.url, **ANN, **fields) == (410, "PACKAGE_EXPIRED")
+    async with client.get(package.url, headers={**ANN, "Range": "bytes=1000000-"}) as response:
+        assert response.status == 206
+
+
 async def test_after_a_day_nothing_goes_on(start: Start, jobs: Jobs) -> None:
     client = await start()
     package = jobs.add(noise(SIZE))
@@ -219,14 +258,50 @@ async def test_links_are_revoked_by_their_maker_or_an_admin(start: Start, jobs: 
     assert await revoke(EVE) == 403
     with structlog.testing.capture_logs() as logs:
         assert [await revoke(ANN), await revoke(ANN)] == [204, 204]
-    assert [line["count"] for line in logs if line["event"] == "download_links_revoked"] == [1, 0]
-    assert await code_of(client, anns) == DEAD
-    async with client.get(roots) as response:
-        assert response.status == 200
+    # The package is ann's: whoever made a link to it, she can end it.
+    assert [line["count"] for line in logs if line["event"] == "download_links_revoked"] == [2, 0]
+    assert await code_of(client, anns) == await code_of(client, roots) == DEAD
+    anns = await make(client, package)
     assert await revoke(ADMIN) == 204
-    assert await code_of(client, roots) == DEAD
+    assert await code_of(client, anns) == DEAD
     async with client.get(others) as response:
         assert response.status == 200
+
+
+async def test_who_was_an_admin_can_end_the_links_made_then(start: Start, jobs: Jobs) -> None:
+    client = await start()
+    package = jobs.add()
+    anns, roots = await make(client, package), await make(client, package, ADMIN)
+    demoted = bearer("root")
+    assert await code_of(client, package.url, **demoted) == (403, "DOWNLOAD_UNAUTHORIZED")
+    async with client.delete(f"{package.url}-link", headers=demoted) as response:
+        assert response.status == 204
+    assert await code_of(client, roots) == DEAD
+    async with client.get(anns) as response:
+        assert response.status == 200
+    assert await code_of(client, f"{package.url}-link", "DELETE", **demoted) == (403, "DOWNLOAD_UNAUTHORIZED")
+
+
+async def test_an_admins_link_is_not_exempt_from_limits(start: Start, jobs: Jobs) -> None:
+    client = await start(limits={"requests_per_minute_per_user": 2})
+    url = await make(client, jobs.add(), ADMIN)
+    statuses = []
+    for _ in range(3):
+        async with client.get(url) as response:
+            statuses.append(response.status)
+    assert statuses == [200, 200, 429]
+
+
+async def test_of_very_many_links_the_newest_are_good(start: Start, jobs: Jobs) -> None:
+    client = await start()
+    package = jobs.add()
+    first, roots = await make(client, package), await make(client, package, ADMIN)
+    others = [await make(client, package) for _ in range(100)]
+    assert await code_of(client, first) == DEAD
+    for url in (others[0], others[-1], roots):
+        async with client.get(url) as response:
+            assert response.status == 200
+    assert query(jobs.dsn, "SELECT count(*) FROM exportd_download_links") == [(101,)]
 
 
 async def test_a_link_is_bound_to_what_it_was_made_for(start: Start, jobs: Jobs) -> None:

@@ -10,6 +10,7 @@ CREATE TABLE IF NOT EXISTS exportd_download_links (
     created_at timestamptz NOT NULL DEFAULT now(),
     start_until timestamptz NOT NULL,
     resume_until timestamptz NOT NULL,
+    begun_at timestamptz,
     revoked_at timestamptz
 );
 
