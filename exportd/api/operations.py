@@ -33,7 +33,7 @@ from exportd.api.errors import (
     StorageError,
     Unauthenticated,
 )
-from exportd.api.schemas import Health, Job, JobPage, Link, Readiness, Shape, Statistics
+from exportd.api.schemas import Health, Job, JobEvent, JobPage, Link, Readiness, Shape, Statistics
 from exportd.db.job_details import STATUSES
 from exportd.telemetry.metrics import CONTENT_TYPE as METRICS_CONTENT_TYPE
 
@@ -314,10 +314,8 @@ they know. The stream ends with the token, when the job is gone, and when the da
         200: Answer(
             "The events, for as long as the client stays",
             {
-                "text/event-stream": {
-                    "schema": {"type": "string"},
-                    "example": "retry: 2000\n\nevent: job\nid: 5f3a09bd1c27e846\ndata: {…}\n\n",
-                }
+                # Of each event, as OpenAPI 3.2 says it too.
+                "text/event-stream": {"schema": JobEvent}
             },
             ("Cache-Control", "X-Accel-Buffering"),
         )

@@ -103,6 +103,14 @@ class JobState(Job):
     downloads = _list_of(RunningDownload, "The caller's own, under way")
 
 
+class JobEvent(Shape):
+    """An event of the stream."""
+
+    event = _field(fields.String, "", "job", validate=validate.OneOf(["job"]))
+    id = _field(fields.String, "A digest of the data", "5f3a09bd1c27e846")
+    data = _field(fields.String, "A JobState as JSON", '{"jobId":"25395ef1-…"}')
+
+
 class Link(Shape):
     url = _field(
         fields.String,
