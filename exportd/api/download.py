@@ -248,7 +248,6 @@ async def _deliver(
     plan: Plan,
     segments: Sequence[Segment],
 ) -> web.StreamResponse:
-    await request.app[LIMITER].check_quota(request.app[DATABASE], principal)
     with request.app[LIMITER].delivery(principal, job.job_id) as entry:
         return await _deliver_recorded(request, response, principal, job, package, plan, segments, entry)
 
@@ -289,6 +288,8 @@ async def _deliver_recorded(
             daemon_id=ledger.daemon_id,
         )
 
+    running = describe("running", None, None)
+    await request.app[LIMITER].reserve(request.app[DATABASE], principal, running)
     log.debug("download_started", package_size_bytes=package.size_bytes, status=plan.status)
     with ledger.checkpoints(lambda: describe("running", None, None)):
         delivery = await _deliver_counted(request, response, package, segments, progress, entry)

@@ -12,7 +12,8 @@ from aiohttp import web
 from exportd.api.errors import ApiError, QuotaExceeded, RateLimited
 from exportd.auth.principal import Principal
 from exportd.db.pool import Database
-from exportd.db.quota import seconds_until_within_quota
+from exportd.db.quota import reserve_within_quota, seconds_until_within_quota
+from exportd.db.rows import DownloadEvent
 from exportd.http.forwarded import Network, client_address, forwarded_addresses, subscriber
 from exportd.limits.board import Board, Entry
 from exportd.limits.rates import Rates
@@ -64,14 +65,23 @@ class Limiter:
             raise self._refuse(RateLimited, "requests_per_minute_per_user", who, wait)
 
     async def check_quota(self, database: Database, principal: Principal) -> None:
-        """Raises QuotaExceeded where the principal's last day has no byte left. A download that has begun
-        goes on to its end."""
-        limit = 0 if self._is_exempt(principal) else self._limits.bytes_per_user_per_day
-        if limit:
+        """Raises QuotaExceeded where the principal's last day has no byte left."""
+        if limit := self._quota_of(principal):
             wait = await seconds_until_within_quota(database, principal.user_id, limit)
-            if wait is not None:
-                who = f"user {principal.user_id}"
-                raise self._refuse(QuotaExceeded, "bytes_per_user_per_day", who, wait)
+            self._refuse_over_quota(principal, wait)
+
+    async def reserve(self, database: Database, principal: Principal, event: DownloadEvent) -> None:
+        """As ``check_quota``; what the delivery asks for counts until it ends. One that has begun goes on to
+        its end."""
+        if limit := self._quota_of(principal):
+            self._refuse_over_quota(principal, await reserve_within_quota(database, event, limit))
+
+    def _quota_of(self, principal: Principal) -> int:
+        return 0 if self._is_exempt(principal) else self._limits.bytes_per_user_per_day
+
+    def _refuse_over_quota(self, principal: Principal, wait: int | None) -> None:
+        if wait is not None:
+            raise self._refuse(QuotaExceeded, "bytes_per_user_per_day", f"user {principal.user_id}", wait)
 
     @contextlib.contextmanager
     def delivery(self, principal: Principal, job_id: UUID) -> Iterator[Entry]:

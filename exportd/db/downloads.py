@@ -23,7 +23,7 @@ import re
 from collections.abc import Callable, Sequence
 from uuid import UUID
 
-from exportd.db.pool import Database
+from exportd.db.pool import Database, Session
 from exportd.db.rows import DownloadEvent
 
 # Idempotent by event_id: everything after the first step sees only the events that this statement inserted.
@@ -253,7 +253,7 @@ async def record_downloads(database: Database, events: Sequence[DownloadEvent]) 
         await database.fetch_all(_RECORD_DOWNLOADS, columns)
 
 
-async def checkpoint_downloads(database: Database, events: Sequence[DownloadEvent]) -> None:
+async def checkpoint_downloads(database: Database | Session, events: Sequence[DownloadEvent]) -> None:
     """Writes how far deliveries are that run; one that has ended stays as it ended.
 
     Raises DatabaseUnavailable.
