@@ -1,5 +1,7 @@
 """Field values and tickets as raw bytes, sent to a running daemon: what it answers makes sense."""
 
+import contextlib
+import hashlib
 import http.client
 import json
 import random
@@ -57,16 +59,15 @@ class Target:
 def target(server_dsn: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
     with migrated_database(server_dsn) as dsn:
         exportd = Exportd(tmp_path_factory.mktemp("fuzz"), dsn)
-        exportd.storage.mkdir(parents=True)
-        package = Jobs(dsn, exportd.storage).add(CONTENT)
-        daemon = exportd.serve()
-        with urllib.request.urlopen(f"{daemon.url}/api-docs/swagger.json") as response:
-            document = json.loads(response.read())
-        target = Target(daemon.port, package, "", document)
-        target.etag = target.ask([("Authorization", ANN["Authorization"].encode())])[1]["ETag"]
-        yield target
-        assert not daemon.events("request_failed")
-        exportd.close()
+        with contextlib.closing(exportd):
+            exportd.storage.mkdir(parents=True)
+            package = Jobs(dsn, exportd.storage).add(CONTENT)
+            daemon = exportd.serve()
+            with urllib.request.urlopen(f"{daemon.url}/api-docs/swagger.json") as response:
+                document = json.loads(response.read())
+            etag = f'"{hashlib.sha256(CONTENT).hexdigest()}"'
+            yield Target(daemon.port, package, etag, document)
+            assert not daemon.events("request_failed")
 
 
 def near(*scraps: str) -> st.SearchStrategy[bytes]:
