@@ -130,6 +130,27 @@ CREATE INDEX download_events_by_user ON download_events (user_id, started_at);
 
 CREATE INDEX download_events_by_age ON download_events (started_at);
 
+-- Up to which byte the client may have got beyond what it acknowledged: what was sent or, after a kill, what was
+-- asked for. Null: the delivery did not break off, or has several parts.
+CREATE FUNCTION exportd_reach(outcome text, requested int8multirange, bytes_sent bigint) RETURNS bigint
+    LANGUAGE sql IMMUTABLE
+    AS $$
+    SELECT CASE
+               WHEN requested <> int8multirange(int8range(lower(requested), upper(requested))) THEN NULL
+               WHEN outcome = 'aborted' THEN lower(requested) + bytes_sent
+               WHEN outcome = 'lost' THEN upper(requested) - 1
+           END
+$$;
+
+COMMENT ON FUNCTION exportd_reach(text, int8multirange, bigint)
+    IS 'exportd: how far the client may have got whose delivery broke off';
+
+CREATE INDEX download_events_broken_off ON download_events (job_id, user_id, started_at)
+    WHERE exportd_reach(outcome, requested, bytes_sent) > upper(received);
+
+CREATE INDEX download_events_resuming ON download_events (job_id, user_id, started_at)
+    WHERE lower(requested) > 0 AND outcome <> 'running';
+
 -- What each principal has of a package so far, since the last time it had the whole (completed_at).
 CREATE TABLE download_progress (
     job_id uuid NOT NULL,

@@ -3,8 +3,7 @@ of the package, in one delivery or in several that together cover it.
 
 The rule, event by event and principal by principal: what was received (acknowledged by the client's side)
 joins the principal's progress; when that covers the package, the count goes up by one and the progress is
-cleared. A statement takes, for each principal and job, either one partial delivery or any number of whole
-ones (``one_statement`` judges), so that writing together counts as writing one after the other. Everything is
+cleared. Events that are written together are counted one after the other, in one statement. Everything is
 idempotent by the event's id.
 
 A delivery that runs is an event too, ``running``; it joins no progress, because it is not known where it will
@@ -13,23 +12,33 @@ end. When its daemon is killed it is recorded as ``lost``, with what was acknowl
 A client may have more than was acknowledged when its delivery broke off: acknowledgements were on their way,
 or the daemon was killed. It says how much when it goes on: where the same principal asks for a range that
 begins behind what was acknowledged and not beyond what was sent (after a kill: what was asked for), it has
-what lies between.
+what lies between, from the nearest such delivery on, unless it has the byte before that start anyway.
+
+What an event costs does not grow with the history. A resume is compared with the last 64 deliveries that
+broke off before it began, since the package was last whole, and one that broke off with the last 64 that
+resumed after it; of a principal's progress the 500 largest pieces are kept.
 
 A delivery that ended because the package was written to (outcome ``changed``) marks the job as suspect: no
 download of it starts again until somebody has looked at it.
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from uuid import UUID
 
 from exportd.db.pool import Database, Session
 from exportd.db.rows import DownloadEvent
 
+# A statement of its own, sent together with the next and so in one transaction: that one then sees what was
+# committed while this one waited. In one order, so that two daemons never wait for each other.
+_LOCK_JOBS = """
+SELECT FROM export_jobs WHERE job_id = ANY (%(job_id)s::uuid[]) ORDER BY job_id FOR NO KEY UPDATE;
+"""
+
 # Idempotent by event_id: everything after the first step sees only the events that this statement inserted.
-# Job rows are locked in one order, so that two daemons never wait for each other.
-_RECORD_DOWNLOADS = """
-WITH given AS (
+_INSERT_EVENTS = """
+WITH RECURSIVE given AS (
     SELECT *
       FROM unnest(
         %(event_id)s::uuid[], %(job_id)s::uuid[], %(user_id)s::text[], %(started_at)s::timestamptz[],
@@ -37,9 +46,10 @@ WITH given AS (
         %(requested)s::int8multirange[], %(received)s::int8multirange[], %(bytes_sent)s::bigint[],
         %(package_size_bytes)s::bigint[], %(request_id)s::text[], %(bytes_acknowledged)s::bigint[],
         %(reason)s::text[], %(method)s::text[], %(daemon_id)s::uuid[], %(is_whole)s::boolean[]
-      ) AS given(
+      ) WITH ORDINALITY AS given(
         event_id, job_id, user_id, started_at, duration_seconds, outcome, http_status, requested, received,
-        bytes_sent, package_size_bytes, request_id, bytes_acknowledged, reason, method, daemon_id, is_whole
+        bytes_sent, package_size_bytes, request_id, bytes_acknowledged, reason, method, daemon_id, is_whole,
+        number
       )
 ), inserted AS (
     INSERT INTO download_events AS known (
@@ -61,95 +71,148 @@ WITH given AS (
            updated_at = CASE excluded.outcome WHEN 'lost' THEN known.updated_at ELSE now() END
      -- One that was taken for lost may end after all: its daemon was cut off for long, and not dead.
      WHERE known.outcome IN ('running', 'lost') AND excluded.outcome NOT IN ('running', known.outcome)
-    RETURNING event_id
-), locked AS (
-    SELECT job_id
-      FROM export_jobs
-     WHERE job_id = ANY (%(job_id)s::uuid[])
-     ORDER BY job_id
-       FOR NO KEY UPDATE
+    RETURNING event_id, updated_at
 ), event AS (
-    SELECT given.*, int8multirange(int8range(0, package_size_bytes)) AS package
+    SELECT given.*, updated_at,
+           int8multirange(int8range(0, package_size_bytes)) AS package,
+           lower(requested) AS start,
+           upper(received) AS known,
+           exportd_reach(outcome, requested, bytes_sent) AS reach,
+           row_number() OVER (PARTITION BY job_id, user_id ORDER BY number) AS turn,
+           NOT bool_and(is_whole) OVER (PARTITION BY job_id, user_id) AS is_joining
       FROM given
       JOIN inserted USING (event_id)
-      JOIN locked USING (job_id)
-), delivery AS (
-    -- What the principals of partial deliveries had before, and these. One that broke off may have brought
-    -- more than was acknowledged, up to its reach: what was sent or, after a kill, what was asked for.
-    SELECT *,
-           CASE
-               WHEN requested <> int8multirange(int8range(lower(requested), upper(requested))) THEN NULL
-               WHEN outcome = 'aborted' THEN lower(requested) + bytes_sent
-               WHEN outcome = 'lost' THEN upper(requested) - 1
-           END AS reach
-      FROM (
-        SELECT job_id, user_id, started_at, outcome, requested, received, bytes_sent, daemon_id,
-               now() AS updated_at
-          FROM event
-         WHERE NOT is_whole
-        UNION ALL
-        SELECT old.job_id, old.user_id, old.started_at, old.outcome, old.requested, old.received,
-               old.bytes_sent, old.daemon_id, old.updated_at
+     WHERE EXISTS (SELECT FROM export_jobs AS job WHERE job.job_id = given.job_id)
+)
+"""
+_JOIN_PROGRESS = """
+, principal AS (
+    -- Whose deliveries are not all whole: they join what there was before.
+    SELECT job_id, user_id,
+           coalesce(progress.received, '{}') AS received,
+           coalesce(progress.completed_at, '-infinity') AS completed_at
+      FROM (SELECT DISTINCT job_id, user_id FROM event WHERE is_joining) AS joining
+      LEFT JOIN download_progress AS progress USING (job_id, user_id)
+), pair AS (
+    -- A resume and a delivery that broke off before it, up to a byte that it may have reached: whichever of
+    -- them is new, at the turn of the one that came in last.
+    SELECT resumed.job_id, resumed.user_id, resumed.turn, resumed.start, broken.known
+      FROM event AS resumed
+      JOIN principal USING (job_id, user_id)
+     CROSS JOIN LATERAL (
+        SELECT upper(old.received) AS known,
+               exportd_reach(old.outcome, old.requested, old.bytes_sent) AS reach,
+               old.outcome, old.daemon_id, old.updated_at
           FROM download_events AS old
-          JOIN event ON old.job_id = event.job_id AND old.user_id = event.user_id
-         WHERE NOT event.is_whole AND old.event_id <> event.event_id AND old.outcome <> 'running'
-      ) AS both_of_them
+         -- Whole rows are compared and sorted by, so that no other index will do.
+         WHERE (old.job_id, old.user_id, old.started_at)
+                 > (resumed.job_id, resumed.user_id, principal.completed_at)
+           AND (old.job_id, old.user_id, old.started_at)
+                 < (resumed.job_id, resumed.user_id, resumed.started_at)
+           AND exportd_reach(old.outcome, old.requested, old.bytes_sent) > upper(old.received)
+         ORDER BY old.job_id DESC, old.user_id DESC, old.started_at DESC
+         LIMIT 64
+     ) AS broken
+     WHERE resumed.start > 0
+       AND resumed.start > broken.known AND resumed.start <= broken.reach
+       AND (broken.outcome <> 'lost'
+            OR broken.daemon_id <> resumed.daemon_id AND broken.updated_at < resumed.started_at)
+    UNION ALL
+    SELECT broken.job_id, broken.user_id, broken.turn, resumed.start, broken.known
+      FROM event AS broken
+      JOIN principal USING (job_id, user_id)
+     CROSS JOIN LATERAL (
+        SELECT lower(old.requested) AS start, old.started_at, old.daemon_id
+          FROM download_events AS old
+         WHERE (old.job_id, old.user_id, old.started_at)
+                 > (broken.job_id, broken.user_id, broken.started_at)
+           AND (old.job_id, old.user_id, old.started_at)
+                 < (broken.job_id, broken.user_id, 'infinity')
+           AND lower(old.requested) > 0 AND old.outcome <> 'running'
+         ORDER BY old.job_id DESC, old.user_id DESC, old.started_at DESC
+         LIMIT 64
+     ) AS resumed
+     WHERE broken.reach > broken.known AND broken.started_at > principal.completed_at
+       AND resumed.start > broken.known AND resumed.start <= broken.reach
+       AND (broken.outcome <> 'lost'
+            OR broken.daemon_id <> resumed.daemon_id AND broken.updated_at < resumed.started_at)
+    UNION ALL
+    SELECT job_id, user_id, greatest(broken.turn, resumed.turn), resumed.start, broken.known
+      FROM event AS broken
+      JOIN event AS resumed USING (job_id, user_id)
+      JOIN principal USING (job_id, user_id)
+     WHERE broken.started_at > principal.completed_at AND broken.started_at < resumed.started_at
+       AND resumed.start > broken.known AND resumed.start <= broken.reach
+       AND (broken.outcome <> 'lost'
+            OR broken.daemon_id <> resumed.daemon_id AND broken.updated_at < resumed.started_at)
+), gap AS MATERIALIZED (
+    SELECT job_id, user_id, turn, array_agg(start) AS starts, array_agg(known) AS knowns
+      FROM (
+        SELECT job_id, user_id, turn, start, max(known) AS known FROM pair GROUP BY 1, 2, 3, 4
+      ) AS nearest
+     GROUP BY 1, 2, 3
+), step AS MATERIALIZED (
+    SELECT job_id, user_id, turn, received, package, is_whole, starts, knowns
+      FROM event
+      LEFT JOIN gap USING (job_id, user_id, turn)
+     WHERE is_joining
+), joined AS (
+    -- One after the other.
+    SELECT job_id, user_id, 0::bigint AS turn, received, 0 AS downloads FROM principal
+    UNION ALL
+    SELECT job_id, user_id, step.turn,
+           CASE WHEN is_download THEN '{}' ELSE total END,
+           downloads + is_download::integer
+      FROM joined
+      JOIN step USING (job_id, user_id)
+     CROSS JOIN LATERAL (
+        SELECT joined.received + step.received
+                 + coalesce(range_agg(int8range(gap.known, gap.start)), '{}') AS total
+          FROM unnest(starts, knowns) AS gap(start, known)
+         -- What came before the last time that it was whole is over.
+         WHERE downloads = 0 AND NOT joined.received @> gap.start - 1
+     ) AS sum
+     CROSS JOIN LATERAL (
+        SELECT is_whole OR (total @> package AND NOT isempty(package)) AS is_download
+     ) AS judged
+     WHERE step.turn = joined.turn + 1
+), result AS (
+    SELECT DISTINCT ON (job_id, user_id) job_id, user_id, received, downloads
+      FROM joined
+     ORDER BY job_id, user_id, turn DESC
 ), progressed AS (
     INSERT INTO download_progress AS progress (job_id, user_id, received, completed_at)
     SELECT job_id, user_id,
-           CASE WHEN received @> package THEN '{}' ELSE received END,
-           CASE WHEN received @> package THEN now() ELSE '-infinity' END
-      FROM event
-     WHERE NOT is_whole AND NOT isempty(received)
+           (SELECT coalesce(range_agg(part), '{}')
+              FROM (
+                SELECT part
+                  FROM unnest(result.received) AS part
+                 ORDER BY upper(part) - lower(part) DESC
+                 LIMIT 500
+              ) AS largest),
+           CASE WHEN downloads > 0 THEN now() ELSE completed_at END
+      FROM result
+      JOIN principal USING (job_id, user_id)
+     WHERE downloads > 0 OR result.received <> principal.received
     ON CONFLICT (job_id, user_id) DO UPDATE
-       SET (received, completed_at, updated_at) = (
-               SELECT CASE WHEN total @> package THEN '{}' ELSE total END,
-                      CASE WHEN total @> package THEN now() ELSE progress.completed_at END,
-                      now()
-                 FROM (
-                   SELECT package, progress.received + event.received + reached AS total
-                     FROM event,
-                          LATERAL (
-                              SELECT coalesce(range_agg(int8range(known, start)), '{}')
-                                FROM (
-                                  -- For each byte at which one began, the nearest that broke off before it.
-                                  SELECT lower(resumed.requested) AS start,
-                                         max(upper(broken.received)) AS known
-                                    FROM delivery AS resumed
-                                    JOIN delivery AS broken
-                                      ON upper(broken.received) <= lower(resumed.requested)
-                                     AND lower(resumed.requested) <= broken.reach
-                                     AND CASE broken.outcome
-                                             WHEN 'lost' THEN broken.daemon_id <> resumed.daemon_id
-                                                              AND broken.updated_at < resumed.started_at
-                                             ELSE broken.started_at < resumed.started_at
-                                         END
-                                   WHERE resumed.job_id = progress.job_id
-                                     AND resumed.user_id = progress.user_id
-                                     AND resumed.started_at > progress.completed_at
-                                     AND broken.job_id = progress.job_id
-                                     AND broken.user_id = progress.user_id
-                                     AND broken.started_at > progress.completed_at
-                                   GROUP BY 1
-                                ) AS pairs
-                               WHERE known < start
-                          ) AS resumed(reached)
-                    WHERE event.job_id = progress.job_id AND event.user_id = progress.user_id
-                      AND NOT is_whole
-                 ) AS sums
-           )
-    RETURNING job_id, isempty(received) AS became_whole
-), cleared AS (
+       SET received = excluded.received, completed_at = excluded.completed_at, updated_at = now()
+)
+"""
+_JOIN_NOTHING = """
+, result AS (SELECT job_id, 0 AS downloads FROM event LIMIT 0)
+"""
+_COUNT = """
+, cleared AS (
     UPDATE download_progress AS progress
        SET received = '{}', completed_at = now(), updated_at = now()
       FROM event
-     WHERE event.is_whole AND progress.job_id = event.job_id AND progress.user_id = event.user_id
+     WHERE NOT is_joining AND progress.job_id = event.job_id AND progress.user_id = event.user_id
 ), counted AS (
     SELECT job_id, sum(downloads) AS downloads
       FROM (
-        SELECT job_id, is_whole::integer AS downloads FROM event
+        SELECT job_id, 1 AS downloads FROM event WHERE NOT is_joining
         UNION ALL
-        SELECT job_id, became_whole::integer FROM progressed
+        SELECT job_id, downloads FROM result
       ) AS each
      GROUP BY job_id
 ), served AS (
@@ -169,6 +232,10 @@ UPDATE export_jobs AS job
   JOIN served USING (job_id)
  WHERE job.job_id = counted.job_id
 """
+
+RECORD_DOWNLOADS = _INSERT_EVENTS + _JOIN_PROGRESS + _COUNT
+# Most often there is nothing to join, and planning it would cost more than the rest.
+RECORD_WHOLE = _INSERT_EVENTS + _JOIN_NOTHING + _COUNT
 
 # A delivery under way, as far as it is. One that has ended is left alone.
 _CHECKPOINT_DOWNLOADS = """
@@ -219,23 +286,25 @@ SELECT count(*) FROM pruned
 _PRUNED_AT_ONCE = 5000
 
 LARGEST_GROUP = 500
+# What one principal's partial deliveries may have of it: each is compared with each.
+_LARGEST_SHARE = 100
 
 
 def one_statement() -> Callable[[DownloadEvent], bool]:
-    """Judges which events one statement may take, by the module's rule, and keeps each principal's order."""
+    """Judges which events one statement may take, so that its work is bounded, and keeps each principal's
+    order."""
     taken: set[UUID] = set()
-    whole: set[tuple[UUID, str]] = set()
-    partial: set[tuple[UUID, str]] = set()
+    partial: Counter[tuple[UUID, str]] = Counter()
     # Whoever has an event that must wait: what comes later must not overtake it.
     behind: set[tuple[UUID, str]] = set()
 
     def may_join(event: DownloadEvent) -> bool:
         principal = (event.job_id, event.user_id)
-        is_apart = principal in partial or (principal in whole and not event.is_whole)
-        if is_apart or principal in behind or event.event_id in taken or len(taken) == LARGEST_GROUP:
+        is_full = len(taken) == LARGEST_GROUP or partial[principal] == _LARGEST_SHARE
+        if is_full or principal in behind or event.event_id in taken:
             behind.add(principal)
             return False
-        (whole if event.is_whole else partial).add(principal)
+        partial[principal] += not event.is_whole
         taken.add(event.event_id)
         return True
 
@@ -243,14 +312,15 @@ def one_statement() -> Callable[[DownloadEvent], bool]:
 
 
 async def record_downloads(database: Database, events: Sequence[DownloadEvent]) -> None:
-    """Writes events that have ended and counts them, in one statement. They must keep the module's rule.
+    """Writes events that have ended and counts them, one after the other, in one transaction. No id twice.
 
-    Idempotent by ``event_id``. Raises DatabaseUnavailable.
+    Idempotent by ``event_id``. Raises DatabaseUnavailable and DatabaseRefused.
     """
     if events:
         columns = _columns(events)
         columns["is_whole"] = [event.is_whole for event in events]
-        await database.fetch_all(_RECORD_DOWNLOADS, columns)
+        statement = RECORD_WHOLE if all(columns["is_whole"]) else RECORD_DOWNLOADS
+        await database.fetch_all(_LOCK_JOBS + statement, columns)
 
 
 async def checkpoint_downloads(database: Database | Session, events: Sequence[DownloadEvent]) -> None:

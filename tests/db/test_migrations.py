@@ -22,8 +22,8 @@ from tests.support.postgres import database_dsn, query
 REPOSITORY = Path(__file__).parent.parent.parent
 FIRST, SECOND, THIRD = "0001.export-jobs", "0002.download-tracking", "0003.suspect-packages"
 FOURTH, FIFTH, SIXTH = "0004.checkpoints", "0005.life-of-a-package", "0006.download-links"
-SEVENTH = "0007.quota"
-ALL = [FIRST, SECOND, THIRD, FOURTH, FIFTH, SIXTH, SEVENTH]
+SEVENTH, EIGHTH = "0007.quota", "0008.reach"
+ALL = [FIRST, SECOND, THIRD, FOURTH, FIFTH, SIXTH, SEVENTH, EIGHTH]
 JOB = "11111111-2222-3333-4444-555555555555"
 
 
@@ -73,11 +73,12 @@ def test_status_tells_what_is_applied(empty_dsn: str) -> None:
     assert migrate_up(empty_dsn) == ALL
     assert status() == [(name, True) for name in ALL]
     assert migrate_up(empty_dsn) == []
-    assert migrate_down(empty_dsn) == SEVENTH
-    assert status() == [(name, name != SEVENTH) for name in ALL]
+    assert migrate_down(empty_dsn) == EIGHTH
+    assert status() == [(name, name != EIGHTH) for name in ALL]
 
 
 def test_down_on_an_empty_schema_leaves_nothing(dsn: str) -> None:
+    assert migrate_down(dsn) == EIGHTH
     assert migrate_down(dsn) == SEVENTH
     assert migrate_down(dsn) == SIXTH
     assert "exportd_download_links" not in tables(dsn)
