@@ -291,7 +291,7 @@ async def _deliver_recorded(
     running = describe("running", None, None)
     await request.app[LIMITER].reserve(request.app[DATABASE], principal, running)
     log.debug("download_started", package_size_bytes=package.size_bytes, status=plan.status)
-    with ledger.checkpoints(lambda: describe("running", None, None)):
+    with ledger.checkpoints(lambda: describe("running", None, None), lambda: progress.bytes_sent):
         delivery = await _deliver_counted(request, response, package, segments, progress, entry)
         event = describe(delivery.outcome, delivery.reason, delivery.method)
         _log_end(request, plan, delivery, event)

@@ -99,7 +99,7 @@ class JobHub:
         # with nothing to show for it. This process's own are known to the moment, and before they are rows.
         own = [_as_it_runs(event) for event in self._ledger.running(watched)]
         written = await find_running_downloads(self._database, watched)
-        await self._ledger.finish_recording()
+        await self._ledger.finish_recording(watched)
         progress = await find_progress(self._database, watched)
         found = await find_details(self._database, watched)
         downloads: dict[tuple[UUID, str], list[RunningDownload]] = defaultdict(list)

@@ -3,14 +3,18 @@
 Events that come in together are written together, in one statement and so one transaction: a thousand
 downloads of one hot package must not queue on its row. A lone event goes at once. Where the database is away
 or takes long, events go to the spool (``db/spool.py``) and from there to the database later; each process
-also finishes what processes that were killed have left. ``db/downloads.py`` holds the rule of counting.
+also finishes what processes that were killed have left. A job whose events the database does not take, say
+because its row is locked, holds up no other. ``db/downloads.py`` holds the rule of counting.
 """
 
 import asyncio
 import contextlib
+import random
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 from uuid import UUID, uuid4
 
 import structlog
@@ -40,21 +44,37 @@ _TURN_SECONDS = 1.0
 # A delivery of another machine's daemon that was not heard of for this long is lost.
 _LOST_AFTER_SECONDS = 600.0
 _LOOK_FOR_LOST_SECONDS = 60.0
+# How long a reader waits for deliveries that are about to end, and for records under way.
 _SETTLING_SECONDS = 0.25
+_RECORDING_SECONDS = 3.0
+# How long a start waits for what others have left to be finished; the rest is done while it serves.
+_START_SECONDS = 5.0
+_TELL_AGAIN_SECONDS = 60.0
 
+Item = TypeVar("Item")
 Snapshot = Callable[[], DownloadEvent]
 
 
 class _Running:
     """A delivery under way, and when it is due to be written down."""
 
-    def __init__(self, snapshot: Snapshot) -> None:
+    def __init__(self, snapshot: Snapshot, bytes_sent: Callable[[], int]) -> None:
+        begun = snapshot()
+        self.job_id = begun.job_id
         self.snapshot = snapshot
+        self._bytes_requested = begun.bytes_requested
+        self._bytes_sent = bytes_sent
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.began_at = time.monotonic()
         self.due_at = self.began_at + _FIRST_CHECKPOINT_SECONDS
 
     def put_off(self, now: float) -> None:
         self.due_at = now + min((now - self.began_at) / 2, _LONGEST_PAUSE_SECONDS)
+
+    @property
+    def is_sent(self) -> bool:
+        """Whether only acknowledgements are missing."""
+        return self._bytes_sent() == self._bytes_requested
 
 
 class DownloadLedger:
@@ -71,12 +91,22 @@ class DownloadLedger:
         self._gatherer: Gatherer[DownloadEvent, None] = Gatherer(
             self._write, one_statement, at_once=1, observe=observe
         )
-        self._recording: set[asyncio.Future[None]] = set()
-        self._running: set[_Running] = set()
-        # What neither the database nor the disk took.
-        self._homeless: list[DownloadEvent] = []
+        # Of each job: its records under way, and its deliveries.
+        self._recording: dict[UUID, set[asyncio.Future[None]]] = {}
+        self._running: dict[UUID, set[_Running]] = {}
+        # Held while events go to the database, or behind others into the spool.
+        self._lane = asyncio.Lock()
+        # Until a statement goes well again, everything goes to the spool.
+        self._is_away = False
+        # Of processes that have ended.
+        self._adopted: list[Spool] = []
         self._looked_for_lost_at = float("-inf")
-        self._background = asyncio.create_task(self._work_in_background())
+        self._told_at = float("-inf")
+        self._looked_round = asyncio.Event()
+        self._background = [
+            asyncio.create_task(self._repeat(self._look_round)),
+            asyncio.create_task(self._repeat(self._write_checkpoints)),
+        ]
 
     @property
     def waiting(self) -> int:
@@ -86,7 +116,7 @@ class DownloadLedger:
     @property
     def spooled(self) -> int:
         """How many events wait for the database."""
-        return len(self._spool) + len(self._homeless)
+        return len(self._spool) + sum(len(spool) for spool in self._adopted)
 
     def record(self, event: DownloadEvent) -> asyncio.Future[None]:
         """Done once the event is durable, in the database or in the spool. Idempotent by the event's id.
@@ -94,24 +124,27 @@ class DownloadLedger:
         Fails with OSError where neither takes it: it is then kept in memory, and tried again.
         """
         recording = self._gatherer.submit(event)
-        self._recording.add(recording)
-        recording.add_done_callback(self._recording.discard)
+        _add(self._recording, event.job_id, recording)
+        recording.add_done_callback(lambda done: _discard(self._recording, event.job_id, done))
         return recording
 
     @contextlib.contextmanager
-    def checkpoints(self, snapshot: Snapshot) -> Iterator[None]:
-        """While the block lasts, ``snapshot``'s event (outcome ``running``) is written now and then."""
-        running = _Running(snapshot)
-        self._running.add(running)
+    def checkpoints(self, snapshot: Snapshot, bytes_sent: Callable[[], int] | None = None) -> Iterator[None]:
+        """While the block lasts, ``snapshot``'s event (outcome ``running``) is written now and then.
+
+        ``bytes_sent`` tells the same as the snapshot's, for less.
+        """
+        running = _Running(snapshot, bytes_sent or (lambda: snapshot().bytes_sent))
+        _add(self._running, running.job_id, running)
         try:
             yield
         finally:
-            self._running.discard(running)
+            _discard(self._running, running.job_id, running)
+            running.ended.set_result(None)
 
     def running(self, job_ids: Collection[UUID]) -> list[DownloadEvent]:
         """This process's deliveries of those jobs that are under way, as they are now."""
-        events = (running.snapshot() for running in self._running)
-        return [event for event in events if event.job_id in job_ids]
+        return [running.snapshot() for job_id in set(job_ids) for running in self._running.get(job_id, ())]
 
     async def settle(self, job_id: UUID) -> None:
         """Waits for the job's deliveries that the client has whole, so that who reads afterwards sees them.
@@ -119,139 +152,239 @@ class DownloadLedger:
         A client may ask for the count as soon as it has the last byte: its acknowledgement is on its way,
         or the statement. Never raises.
         """
-        deadline = time.monotonic() + _SETTLING_SECONDS
-        while self._is_about_to_end(job_id) and time.monotonic() < deadline:  # noqa: ASYNC110  # in the kernel
-            await asyncio.sleep(0.002)
-        await self.finish_recording()
+        ending = [running.ended for running in self._running.get(job_id, ()) if running.is_sent]
+        if ending:
+            await asyncio.wait(ending, timeout=_SETTLING_SECONDS)
+        await self.finish_recording([job_id])
 
-    def _is_about_to_end(self, job_id: UUID) -> bool:
-        return any(event.bytes_sent == event.bytes_requested for event in self.running([job_id]))
+    async def finish_recording(self, job_ids: Collection[UUID]) -> None:
+        """Waits, not for long, until those jobs' deliveries that ended until now are written, in the database
+        or the spool."""
+        recording = [future for job_id in set(job_ids) for future in self._recording.get(job_id, ())]
+        if recording:
+            await asyncio.wait(recording, timeout=_RECORDING_SECONDS)
 
-    async def finish_recording(self) -> None:
-        """Waits until the deliveries that ended until now are written, in the database or the spool."""
-        if self._recording:
-            await asyncio.wait(set(self._recording))
+    async def catch_up(self) -> None:
+        """Waits, not for long, until what others have left is finished."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_START_SECONDS):
+                await self._looked_round.wait()
 
     async def close(self) -> None:
         """Ends the background work. What is spooled stays there for the next process."""
-        self._background.cancel()
-        await asyncio.gather(self._background, return_exceptions=True)
-        await self.finish_recording()
-        for event in self._homeless:
+        for task in self._background:
+            task.cancel()
+        await asyncio.gather(*self._background, return_exceptions=True)
+        if recording := [future for futures in self._recording.values() for future in futures]:
+            await asyncio.wait(recording)
+        for event in self._spool.homeless:
             log.error("download_not_recorded", **_describe(event))
-        self._spool.close()
+        for spool in (self._spool, *self._adopted):
+            spool.close()
 
     async def _write(self, events: list[DownloadEvent]) -> list[None]:
-        if not self.spooled:
-            try:
-                async with asyncio.timeout(_SPOOL_AFTER_SECONDS):
-                    await self._write_to_database(events)
-                return [None] * len(events)
-            except (DatabaseUnavailable, TimeoutError) as error:
-                log.warning("events_spooled", count=len(events), error=str(error) or "no answer in time")
+        async with self._lane:
+            # What comes later of a job waits behind what is in the spool of it, so that the order is kept.
+            direct: list[DownloadEvent] = []
+            behind: list[DownloadEvent] = []
+            for event in events:
+                is_behind = self._is_away or self._spool.holds(event.job_id)
+                (behind if is_behind else direct).append(event)
+            if direct:
+                try:
+                    async with asyncio.timeout(_SPOOL_AFTER_SECONDS):
+                        await self._write_to_database(direct)
+                except (DatabaseUnavailable, TimeoutError) as error:
+                    log.warning("events_spooled", count=len(direct), error=_words(error))
+                    self._is_away = True
+                    behind = events
+            if behind:
+                await self._put_aside(behind)
+        return [None] * len(events)
+
+    async def _put_aside(self, events: Sequence[DownloadEvent]) -> None:
         try:
             await self._spool.append(events)
         except OSError:
-            self._homeless += events
+            await self._spool.keep(events)
             raise
-        return [None] * len(events)
 
-    async def _write_to_database(self, events: list[DownloadEvent]) -> None:
+    async def _write_to_database(self, events: Sequence[DownloadEvent]) -> None:
+        """Events that run, or that have ended and that ``one_statement`` takes."""
+        write = checkpoint_downloads if events[0].outcome == "running" else record_downloads
         try:
-            await record_downloads(self._database, events)
+            await write(self._database, events)
         except DatabaseRefused:
             if len(events) == 1:
                 # Nothing that is tried later would go better; the log has it whole.
                 log.exception("download_not_recorded", **_describe(events[0]))
                 return
             # One that cannot be written must not cost the others.
-            for event in events:
-                await self._write_to_database([event])
+            middle = len(events) // 2
+            await self._write_to_database(events[:middle])
+            await self._write_to_database(events[middle:])
 
-    async def _work_in_background(self) -> None:
+    async def _repeat(self, work: Callable[[], Awaitable[None]]) -> None:
         while True:
-            await asyncio.sleep(_TURN_SECONDS)
             try:
-                await self._replay()
-                await self._write_checkpoints()
-                if time.monotonic() - self._looked_for_lost_at >= _LOOK_FOR_LOST_SECONDS:
-                    await self.finish_for_others()
-            except DatabaseUnavailable:
-                pass  # told where it hurts; this is tried again
+                await work()
+            except DatabaseUnavailable as error:
+                self._tell_not_drained(error)
             except Exception:  # the only task that would do it must go on
                 log.exception("ledger_background_failed")
+            await asyncio.sleep(_TURN_SECONDS)
 
-    async def _replay(self) -> None:
-        if not self.spooled:
-            return
-        count = self.spooled
-        await self._spool.replay(self._write_in_groups)
-        homeless = list(self._homeless)
-        await self._write_in_groups(homeless)
-        del self._homeless[: len(homeless)]
-        log.info("spool_replayed", count=count)
+    async def _look_round(self) -> None:
+        try:
+            for spool in (self._spool, *self._adopted):
+                await self._drain(spool)
+            if self._adopted or time.monotonic() - self._looked_for_lost_at >= _LOOK_FOR_LOST_SECONDS:
+                await self._finish_for_others()
+        finally:
+            self._looked_round.set()
 
-    async def _write_in_groups(self, events: Sequence[DownloadEvent]) -> None:
-        running = [event for event in events if event.outcome == "running"]
-        for start in range(0, len(running), LARGEST_GROUP):
-            await checkpoint_downloads(self._database, running[start : start + LARGEST_GROUP])
-        left = [event for event in events if event.outcome != "running"]
-        while left:
-            may_join = one_statement()
-            group = [event for event in left if may_join(event)]
-            taken = {id(event) for event in group}
-            left = [event for event in left if id(event) not in taken]
-            await self._write_to_database(group)
+    async def _drain(self, spool: Spool) -> None:
+        """Writes what waits in a spool, but for jobs whose events the database does not take. What came in
+        together may wait for one of them: so each job of a group that failed is tried by itself.
+
+        Raises DatabaseUnavailable where it takes nothing at all.
+        """
+        count = 0
+        suspect: set[UUID] = set()
+        stuck: dict[UUID, BaseException] = {}
+        while len(spool) > 0:
+            # In the lane, so that the end of the spool comes in sight while others keep coming in.
+            async with self._lane:
+                group = _next_group(await spool.waiting(), suspect, stuck)
+                if not group:
+                    break
+                try:
+                    async with asyncio.timeout(_SPOOL_AFTER_SECONDS):
+                        await self._write_to_database(group)
+                except (DatabaseUnavailable, TimeoutError) as error:
+                    failure = error
+                else:
+                    await spool.written(group)
+                    count += len(group)
+                    self._is_away = False
+                    continue
+            await self._check_answers()
+            jobs = {event.job_id for event in group}
+            if len(jobs) == 1:
+                stuck |= dict.fromkeys(jobs, failure)
+            suspect |= jobs
+        if count:
+            of_whom = {} if spool is self._spool else {"daemon_id": str(spool.owner)}
+            log.info("spool_replayed", count=count, **of_whom)
+        if stuck:
+            self._is_away = False
+            self._tell_not_drained(next(iter(stuck.values())), list(stuck))
+            await self._try_one(spool, random.choice(list(stuck)))  # noqa: S311  # each comes in turn
+
+    async def _try_one(self, spool: Spool, job_id: UUID) -> None:
+        """The first event of a job by itself, in all the time that a statement may take."""
+        event = next((event for event in await spool.waiting() if event.job_id == job_id), None)
+        if event is not None:
+            with contextlib.suppress(DatabaseUnavailable):
+                await self._write_to_database([event])
+                await spool.written([event])
+
+    async def _check_answers(self) -> None:
+        """Raises DatabaseUnavailable."""
+        try:
+            async with asyncio.timeout(_SPOOL_AFTER_SECONDS):
+                await self._database.fetch_all("SELECT 1")
+        except TimeoutError as error:
+            raise DatabaseUnavailable("no answer in time") from error
+
+    def _tell_not_drained(self, error: BaseException, job_ids: Sequence[UUID] = ()) -> None:
+        now = time.monotonic()
+        if self.spooled and now - self._told_at >= _TELL_AGAIN_SECONDS:
+            self._told_at = now
+            some = [str(job_id) for job_id in job_ids[:10]]
+            log.warning("spool_not_drained", count=self.spooled, job_ids=some, error=_words(error))
 
     async def _write_checkpoints(self) -> None:
         now = time.monotonic()
-        due = [running for running in self._running if running.due_at <= now]
+        due = [item for running in self._running.values() for item in running if item.due_at <= now]
         events = [running.snapshot() for running in due]
         for running in due:
             running.put_off(now)
         for start in range(0, len(events), LARGEST_GROUP):
             group = events[start : start + LARGEST_GROUP]
             try:
-                await checkpoint_downloads(self._database, group)
+                await self._write_to_database(group)
             except DatabaseUnavailable:
                 with contextlib.suppress(OSError):
                     await self._spool.append(group)
                 raise
 
-    async def finish_for_others(self) -> None:
-        """Replays the spools of processes that have ended, and records the deliveries they left running.
+    async def _finish_for_others(self) -> None:
+        """Writes the spools of processes that have ended, and records the deliveries they left running.
 
-        Raises DatabaseUnavailable, and does it all again next time.
+        Raises DatabaseUnavailable and OSError, and does it all again next time.
         """
-        ended: list[UUID] = []
-        with contextlib.ExitStack() as stack:
-            for spool in Spool.adopt(self._folder):
-                stack.callback(spool.close)
-                if count := len(spool):
-                    await spool.replay(self._write_in_groups)
-                    log.info("spool_replayed", count=count, daemon_id=str(spool.owner))
-                ended.append(spool.owner)
-            lost = await find_lost(self._database, ended, _LOST_AFTER_SECONDS)
-            await self._write_in_groups(lost)
+        found = await asyncio.to_thread(lambda: list(Spool.adopt(self._folder)))
+        self._adopted += found
+        for spool in found:
+            await self._drain(spool)
+        ended = [spool.owner for spool in self._adopted]
+        lost = await find_lost(self._database, ended, _LOST_AFTER_SECONDS)
+        known = {event.event_id for event in await self._spool.waiting()}
+        if lost := [event for event in lost if event.event_id not in known]:
+            await self._put_aside(lost)
             for event in lost:
                 log.warning("download_lost", **_describe(event))
+            await self._drain(self._spool)
+        for spool in [spool for spool in self._adopted if not len(spool)]:
+            self._adopted.remove(spool)
+            spool.close()
         self._looked_for_lost_at = time.monotonic()
 
 
 async def open_ledger(database: Database, folder: Path, observe: Observe = lambda *_: None) -> DownloadLedger:
-    """The ledger of this process, its spool in ``folder``, once what others have left is finished.
+    """The ledger of this process, its spool in ``folder``, once what others have left is finished, or some
+    seconds later.
 
     ``observe`` is told of each statement.
 
-    Raises OSError and DatabaseUnavailable.
+    Raises OSError.
     """
     ledger = DownloadLedger(database, Spool.create(folder, uuid4()), folder, observe)
     try:
-        await ledger.finish_for_others()
+        await ledger.catch_up()
     except BaseException:
         await ledger.close()
         raise
     return ledger
+
+
+def _next_group(
+    waiting: Sequence[DownloadEvent], suspect: Collection[UUID], stuck: Collection[UUID]
+) -> list[DownloadEvent]:
+    """What one statement may take next: no job that is stuck, and one that is suspect only by itself."""
+    chosen = list(islice((event for event in waiting if event.job_id not in suspect), LARGEST_GROUP))
+    if not chosen:
+        alone = next((event.job_id for event in waiting if event.job_id not in stuck), None)
+        chosen = list(islice((event for event in waiting if event.job_id == alone), LARGEST_GROUP))
+    if running := [event for event in chosen if event.outcome == "running"]:
+        return running
+    may_join = one_statement()
+    return [event for event in chosen if may_join(event)]
+
+
+def _add(sets: dict[UUID, set[Item]], job_id: UUID, item: Item) -> None:
+    sets.setdefault(job_id, set()).add(item)
+
+
+def _discard(sets: dict[UUID, set[Item]], job_id: UUID, item: Item) -> None:
+    sets[job_id].discard(item)
+    if not sets[job_id]:
+        del sets[job_id]
+
+
+def _words(error: BaseException) -> str:
+    return str(error) or "no answer in time"
 
 
 def _describe(event: DownloadEvent) -> dict[str, object]:

@@ -257,6 +257,11 @@ async def open_database(
                 "SELECT set_config('TimeZone', 'UTC', false), set_config('statement_timeout', %s, false)",
                 (str(server_limit),),
             )
+            # A statement that was given up must not hold its locks while it waits for others'.
+            await cursor.execute(
+                "SELECT set_config('client_connection_check_interval', '250ms', false)"
+                " WHERE version() LIKE '%linux%'"
+            )
 
     try:
         pool = await aiopg.create_pool(

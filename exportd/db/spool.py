@@ -10,7 +10,8 @@ import contextlib
 import fcntl
 import os
 import zlib
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Self
@@ -35,7 +36,13 @@ class Spool:
         self._path = path
         self._descriptor = descriptor
         self._access = asyncio.Lock()
-        self._waiting = 0
+        # What was read, up to this position and line, and is not written yet.
+        self._unwritten: list[DownloadEvent] = []
+        self._position = 0
+        self._lines = 0
+        # What no disk took, by its identity: it may be given a second time.
+        self._homeless: dict[int, DownloadEvent] = {}
+        self._waiting: Counter[UUID] = Counter()
 
     @classmethod
     def create(cls, folder: Path, owner: UUID) -> Self:
@@ -61,14 +68,19 @@ class Spool:
                 is_there = False
             if is_there:
                 spool = cls(path, descriptor)
-                spool._waiting = sum(1 for _ in spool.read())
+                spool._unwritten = spool._read_on()
+                spool._waiting.update(event.job_id for event in spool._unwritten)
                 yield spool
             else:
                 os.close(descriptor)
 
     def __len__(self) -> int:
         """How many events wait here."""
-        return self._waiting
+        return self._waiting.total()
+
+    def holds(self, job_id: UUID) -> bool:
+        """Whether an event of the job waits here."""
+        return job_id in self._waiting
 
     async def append(self, events: Sequence[DownloadEvent]) -> None:
         """Returns once the events are on the disk. Raises OSError, and then none of them is in the file."""
@@ -76,28 +88,59 @@ class Spool:
         block = b"\n" + b"".join(_to_line(event) for event in events)
         async with self._access:
             await asyncio.to_thread(self._append, block)
-            self._waiting += len(events)
+            self._waiting.update(event.job_id for event in events)
 
-    async def replay(self, write: Callable[[list[DownloadEvent]], Awaitable[None]]) -> None:
-        """Hands every event to ``write``, in order, and empties the file once all are written.
+    async def keep(self, events: Sequence[DownloadEvent]) -> None:
+        """Events that the disk does not take wait in memory, behind what is in the file."""
+        async with self._access:
+            self._unwritten += await asyncio.to_thread(self._read_on)
+            new = {id(event): event for event in events if id(event) not in self._homeless}
+            self._homeless |= new
+            self._unwritten += new.values()
+            self._waiting.update(event.job_id for event in new.values())
 
-        A file that was cut off in the middle of this is handed over again from its beginning. Raises what
-        ``write`` raises; the file is then as it was.
-        """
-        while self._waiting:
-            events = await asyncio.to_thread(lambda: list(self.read()))
-            await write(events)
-            async with self._access:
-                # What came in meanwhile stays, and everything with it: written twice is written once.
-                if self._waiting == len(events):
-                    await asyncio.to_thread(self._empty)
-                    self._waiting = 0
+    async def waiting(self) -> list[DownloadEvent]:
+        """What waits here, in order. A process that is killed leaves it to the next, from the beginning."""
+        async with self._access:
+            self._unwritten += await asyncio.to_thread(self._read_on)
+            return list(self._unwritten)
+
+    async def written(self, events: Sequence[DownloadEvent]) -> None:
+        """Those of ``waiting`` wait no more. The file is emptied when nothing does: until then, whoever
+        finds it writes some a second time, and that is as good as once."""
+        done = {id(event) for event in events}
+        async with self._access:
+            gone = [event for event in self._unwritten if id(event) in done]
+            self._unwritten = [event for event in self._unwritten if id(event) not in done]
+            self._waiting -= Counter(event.job_id for event in gone)
+            for event in gone:
+                self._homeless.pop(id(event), None)
+            if not self._unwritten and self._position == os.fstat(self._descriptor).st_size:
+                await asyncio.to_thread(self._empty)
+                self._position = self._lines = 0
+                self._waiting.clear()
+
+    @property
+    def homeless(self) -> list[DownloadEvent]:
+        """What waits in memory only."""
+        return list(self._homeless.values())
 
     def read(self) -> Iterator[DownloadEvent]:
         """The events in the file. A torn last line was promised to nobody; damage elsewhere is told."""
-        size = os.fstat(self._descriptor).st_size
-        content = os.pread(self._descriptor, size, 0)
-        for number, line in enumerate(content.splitlines(keepends=True), start=1):
+        return self._parse(self._content(0), 0)
+
+    def _read_on(self) -> list[DownloadEvent]:
+        content = self._content(self._position)
+        events = list(self._parse(content, self._lines))
+        self._position += len(content)
+        self._lines += content.count(b"\n")
+        return events
+
+    def _content(self, start: int) -> bytes:
+        return os.pread(self._descriptor, os.fstat(self._descriptor).st_size - start, start)
+
+    def _parse(self, content: bytes, lines_before: int) -> Iterator[DownloadEvent]:
+        for number, line in enumerate(content.splitlines(keepends=True), start=lines_before + 1):
             if line == b"\n":
                 continue
             event = _from_line(line)

@@ -3,7 +3,7 @@
 import fcntl
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,6 +35,12 @@ class Writer:
         self.written += events
 
 
+async def replay(spool: Spool, write: Callable[[list[DownloadEvent]], Awaitable[None]]) -> None:
+    while waiting := await spool.waiting():
+        await write(waiting)
+        await spool.written(waiting)
+
+
 @pytest.fixture
 def spool(tmp_path: Path) -> Iterator[Spool]:
     spool = Spool.create(tmp_path / "ledger", uuid.uuid4())
@@ -52,7 +58,7 @@ async def test_what_was_appended_comes_back_in_order(spool: Spool, tmp_path: Pat
     await spool.append(given[2:])
     assert len(spool) == 5
     writer = Writer()
-    await spool.replay(writer)
+    await replay(spool, writer)
     assert writer.written == given
     assert len(spool) == 0
     assert file_of(spool, tmp_path).stat().st_size == 0
@@ -63,9 +69,9 @@ async def test_a_replay_that_fails_keeps_everything(spool: Spool) -> None:
     await spool.append(given)
     writer = Writer(failures=1)
     with pytest.raises(ConnectionError):
-        await spool.replay(writer)
+        await replay(spool, writer)
     assert len(spool) == 3
-    await spool.replay(writer)
+    await replay(spool, writer)
     assert writer.written == given
 
 
@@ -79,7 +85,7 @@ async def test_what_comes_in_during_a_replay_is_not_lost(spool: Spool) -> None:
             await spool.append(given[1:])
         await writer(batch)
 
-    await spool.replay(write)
+    await replay(spool, write)
     assert {item.event_id for item in writer.written} == {item.event_id for item in given}
     assert len(spool) == 0
 
@@ -147,7 +153,7 @@ async def test_what_a_dead_process_left_behind_is_adopted_once(tmp_path: Path) -
     # Who looks at the same time finds nothing: both the living and the adopted are locked.
     assert list(Spool.adopt(folder)) == []
     writer = Writer()
-    await adopted.replay(writer)
+    await replay(adopted, writer)
     assert writer.written == given
     adopted.close()
     assert list(Spool.adopt(folder)) == []
@@ -178,3 +184,32 @@ async def test_an_event_is_the_same_after_a_round_trip(spool: Spool) -> None:
     )
     await spool.append([given])
     assert list(spool.read()) == [given]
+
+
+async def test_what_is_written_of_a_spool_waits_no_more_and_the_rest_stays(
+    spool: Spool, tmp_path: Path
+) -> None:
+    given = events(4)
+    other = event(uuid.uuid4())
+    await spool.append([*given[:2], other])
+    (first, second, third) = await spool.waiting()
+    await spool.written([first, third])
+    await spool.append(given[2:])
+    assert [item.event_id for item in await spool.waiting()] == [item.event_id for item in given[1:]]
+    assert (len(spool), spool.holds(JOB), spool.holds(other.job_id)) == (3, True, False)
+    # Whoever finds the file later gets all of it again.
+    assert len(list(spool.read())) == 5
+    await spool.written([second])
+    await spool.written(await spool.waiting())
+    assert (len(spool), spool.holds(JOB)) == (0, False)
+    assert file_of(spool, tmp_path).stat().st_size == 0
+
+
+async def test_what_no_disk_takes_waits_in_memory_once(spool: Spool) -> None:
+    given = events(3)
+    await spool.append(given[:1])
+    for _ in range(2):
+        await spool.keep(given[1:])
+    assert (await spool.waiting(), len(spool), spool.homeless) == (given, 3, given[1:])
+    await spool.written(await spool.waiting())
+    assert (len(spool), spool.homeless) == (0, [])
