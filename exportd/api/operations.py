@@ -254,7 +254,7 @@ MAKE_LINK = Operation(
 Makes an address that downloads the package as the caller, without a token. It starts downloads for an hour
 and resumes them for a day (`[links]`), while the caller may download. Whoever has it has the package.""",
     {201: _json("The link; it is told this once", Link)},
-    _OF_A_PACKAGE,
+    (*_OF_A_PACKAGE, QuotaExceeded),
     (_JOB_ID, *_COMMON),
     curl="-X POST",
 )
@@ -262,7 +262,9 @@ and resumes them for a day (`[links]`), while the caller may download. Whoever h
 REVOKE_LINKS = Operation(
     "Download",
     "Revoke the download links to a package",
-    "Ends the links that the caller made, or all of them where an admin asks. Running downloads go on.",
+    """\
+Ends all of them for the package's creator and for admins; who was that once ends those that they made.
+Running downloads go on.""",
     {204: Answer("There are none any more", headers=("Cache-Control",))},
     _OF_A_JOB,
     (_JOB_ID, *_COMMON),

@@ -357,7 +357,8 @@ async def test_what_limits_answer_is_documented(start: Start, jobs: Jobs, docume
     client = await start(limits={"bytes_per_user_per_day": 1})
     await check(client, document, "GET", package.url, ANN, 200)
     await until_idle(client)
-    assert await check(client, document, "GET", package.url, ANN, 429) == "QUOTA_EXCEEDED"
+    for method, path in (("GET", package.url), ("POST", f"{package.url}-link")):
+        assert await check(client, document, method, path, ANN, 429) == "QUOTA_EXCEEDED"
 
 
 async def test_what_the_edge_answers_is_documented(start: Start, jobs: Jobs, document: Document) -> None:

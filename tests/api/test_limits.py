@@ -192,6 +192,25 @@ async def test_a_day_s_bytes_are_counted_by_the_ledger(start: Start, jobs: Jobs)
     assert (await ask(client, package.url))[0] == 200
 
 
+async def test_no_link_is_made_for_what_would_be_refused(start: Start, jobs: Jobs) -> None:
+    """A browser's download manager does not tell its user of a 429."""
+    client = await start(limits={"bytes_per_user_per_day": SIZE, "downloads_per_user": 1}, download=SLOWLY)
+    package, other = jobs.add(noise(SIZE)), jobs.add(noise(SIZE))
+
+    async def make(package: Package) -> tuple[int, str | None]:
+        async with client.post(f"{package.url}-link", headers=ANN) as response:
+            return response.status, (await response.json()).get("limit")
+
+    assert await make(package) == (201, None)
+    async with Slow(client, package, Range="bytes=0-1999999"):
+        assert await make(other) == (429, "downloads_per_user")
+        assert await make(package) == (201, None)
+    await until_idle(client)
+    assert await ask(client, package.url) == (200, SIZE)
+    await until_idle(client)
+    assert await make(package) == (429, "bytes_per_user_per_day")
+
+
 async def test_the_quota_counts_what_arrived_and_what_runs(start: Start, jobs: Jobs) -> None:
     client = await start(limits={"bytes_per_user_per_day": 1000})
     package = jobs.add(b"x" * 600)
