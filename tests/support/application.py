@@ -22,7 +22,7 @@ SECRET = "a secret for the tests, 32 bytes long"
 BASE = "/api/tool-registry/export-jobs"
 
 
-def bearer(user_id: str, role: str | None = None, ttl_seconds: int = 600) -> dict[str, str]:
+def bearer(user_id: str, role: str | None = None, ttl_seconds: int = 86_400) -> dict[str, str]:
     tokens = Tokens(Claims(), ["HS256"], secret=SECRET)
     return {"Authorization": f"Bearer {tokens.sign(user_id, role, ttl_seconds)}"}
 
