@@ -13,7 +13,7 @@ from tests.support.application import Jobs, bearer
 from tests.support.daemon import Daemon, Exportd
 from tests.support.programs import require
 
-expect.set_options(timeout=20_000)
+expect.set_options(timeout=45_000)
 
 # A file that a script chooses in place of a person; all that follows is the real thing.
 CHOOSE_FILE = """
