@@ -90,7 +90,8 @@ _JOIN_PROGRESS = """
     -- Whose deliveries are not all whole: they join what there was before.
     SELECT job_id, user_id,
            coalesce(progress.received, '{}') AS received,
-           coalesce(progress.completed_at, '-infinity') AS completed_at
+           coalesce(progress.completed_at, '-infinity') AS completed_at,
+           progress.job_id IS NOT NULL AS is_known
       FROM (SELECT DISTINCT job_id, user_id FROM event WHERE is_joining) AS joining
       LEFT JOIN download_progress AS progress USING (job_id, user_id)
 ), pair AS (
@@ -157,27 +158,30 @@ _JOIN_PROGRESS = """
       LEFT JOIN gap USING (job_id, user_id, turn)
      WHERE is_joining
 ), joined AS (
-    -- One after the other.
-    SELECT job_id, user_id, 0::bigint AS turn, received, 0 AS downloads FROM principal
+    -- One after the other. Once the package was whole, what began before is over: a whole delivery notes that
+    -- where there is something to clear.
+    SELECT job_id, user_id, 0::bigint AS turn, received, 0 AS downloads, is_known, false AS is_over
+      FROM principal
     UNION ALL
     SELECT job_id, user_id, step.turn,
            CASE WHEN is_download THEN '{}' ELSE total END,
-           downloads + is_download::integer
+           downloads + is_download::integer,
+           is_known OR NOT is_whole AND NOT isempty(total),
+           is_over OR is_download AND (is_known OR NOT is_whole)
       FROM joined
       JOIN step USING (job_id, user_id)
      CROSS JOIN LATERAL (
         SELECT joined.received + step.received
                  + coalesce(range_agg(int8range(gap.known, gap.start)), '{}') AS total
           FROM unnest(starts, knowns) AS gap(start, known)
-         -- What came before the last time that it was whole is over.
-         WHERE downloads = 0 AND NOT joined.received @> gap.start - 1
+         WHERE NOT is_over AND NOT joined.received @> gap.start - 1
      ) AS sum
      CROSS JOIN LATERAL (
         SELECT is_whole OR (total @> package AND NOT isempty(package)) AS is_download
      ) AS judged
      WHERE step.turn = joined.turn + 1
 ), result AS (
-    SELECT DISTINCT ON (job_id, user_id) job_id, user_id, received, downloads
+    SELECT DISTINCT ON (job_id, user_id) job_id, user_id, received, downloads, is_over
       FROM joined
      ORDER BY job_id, user_id, turn DESC
 ), progressed AS (
@@ -190,10 +194,10 @@ _JOIN_PROGRESS = """
                  ORDER BY upper(part) - lower(part) DESC
                  LIMIT 500
               ) AS largest),
-           CASE WHEN downloads > 0 THEN now() ELSE completed_at END
+           CASE WHEN is_over THEN now() ELSE completed_at END
       FROM result
       JOIN principal USING (job_id, user_id)
-     WHERE downloads > 0 OR result.received <> principal.received
+     WHERE is_over OR result.received <> principal.received
     ON CONFLICT (job_id, user_id) DO UPDATE
        SET received = excluded.received, completed_at = excluded.completed_at, updated_at = now()
 )

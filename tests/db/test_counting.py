@@ -40,7 +40,7 @@ def deliveries(random: Random, job_id: uuid.UUID) -> list[DownloadEvent]:
         start, stop = sorted(random.sample(range(10), 2))
         begins, ends = places[start], places[stop] or 1000
         acknowledged, sent = sorted(random.randint(begins, ends) for _ in range(2))
-        outcome = random.choice(["completed", "completed", "aborted", "lost", "whole"])
+        outcome = random.choice([*["completed", "aborted", "lost"] * 4, "whole"])
         if outcome == "whole":
             begins, ends = 0, 1000
         if outcome in ("completed", "whole"):
@@ -79,15 +79,45 @@ async def write(database: Database, dsn: str, groups: list[list[DownloadEvent]])
     return [(await count(database, job_id),), *((user, received) for user, received, _ in rows)]
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(20))
 async def test_writing_together_counts_as_writing_one_after_the_other(
     database: Database, dsn: str, seed: int
 ) -> None:
-    together, singly = (await completed_job(database))[0], (await completed_job(database))[0]
-    events = deliveries(Random(seed), together)
-    same = [replace(event, job_id=singly, event_id=uuid.uuid4()) for event in events]
-    assert len(groups(events)) == 1
-    assert await write(database, dsn, groups(events)) == await write(database, dsn, [[one] for one in same])
+    random = Random(seed)
+    for _ in range(10):
+        together, singly = (await completed_job(database))[0], (await completed_job(database))[0]
+        events = deliveries(random, together)
+        same = [replace(event, job_id=singly, event_id=uuid.uuid4()) for event in events]
+        assert len(groups(events)) == 1
+        assert await write(database, dsn, groups(events)) == await write(
+            database, dsn, [[one] for one in same]
+        )
+
+
+@pytest.mark.parametrize("outcome", ["aborted", "lost"])
+@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
+async def test_what_broke_off_and_its_resume_may_be_recorded_together(
+    database: Database, dsn: str, outcome: str, order: list[int]
+) -> None:
+    job_id, _ = await completed_job(database)
+    broken = event(
+        job_id,
+        outcome=outcome,
+        started_at=LONG_AGO,
+        received=((0, 400),),
+        bytes_sent=700,
+        daemon_id=uuid.uuid4(),
+    )
+    both = [broken, part(job_id, 600, 1000, started_at=LONG_AGO + timedelta(seconds=20))]
+    assert await write(database, dsn, [[both[number] for number in order]]) == [(1,), ("ann", "{}")]
+
+
+async def test_a_resume_counts_from_its_own_turn_on(database: Database, dsn: str) -> None:
+    job_id, _ = await completed_job(database)
+    broken = event(job_id, outcome="aborted", started_at=LONG_AGO, received=((0, 400),), bytes_sent=700)
+    earlier = part(job_id, 600, 1000, started_at=LONG_AGO - timedelta(seconds=1))
+    resume = part(job_id, 600, 700, started_at=LONG_AGO + timedelta(seconds=1))
+    assert await write(database, dsn, [[broken, earlier, resume]]) == [(1,), ("ann", "{}")]
 
 
 async def test_hundreds_of_one_principals_broken_connections_are_a_few_statements() -> None:
