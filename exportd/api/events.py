@@ -29,7 +29,7 @@ from exportd.db.job_details import (
     JobDetails,
     RunningDownload,
     find_details,
-    find_progress,
+    find_details_in_progress,
     find_running_downloads,
 )
 from exportd.db.ledger import DownloadLedger
@@ -100,16 +100,15 @@ class JobHub:
         own = [_as_it_runs(event) for event in self._ledger.running(watched)]
         written = await find_running_downloads(self._database, watched)
         await self._ledger.finish_recording(watched)
-        progress = await find_progress(self._database, watched)
-        found = await find_details(self._database, watched)
+        found = await find_details_in_progress(self._database, watched)
         downloads: dict[tuple[UUID, str], list[RunningDownload]] = defaultdict(list)
         for item in {item.event_id: item for item in [*written, *own]}.values():
             downloads[item.job_id, item.user_id].append(item)
         for watch in watches:
             if watch.job_id in watched:
-                watch.details = found.get(watch.job_id)
+                watch.details, received = found.get(watch.job_id, (None, {}))
                 watch.downloads = downloads[watch.job_id, watch.user_id][-_MOST_DOWNLOADS:]
-                watch.received = progress.get((watch.job_id, watch.user_id), 0)
+                watch.received = received.get(watch.user_id, 0)
                 watch.changed.set()
 
     def streams_of(self, user_id: str) -> int:

@@ -30,7 +30,7 @@ SELECT job_id,
           FROM export_jobs AS newer
          WHERE newer.re_export_of = job.job_id
          ORDER BY newer.created_at DESC NULLS LAST, newer.job_id DESC
-         LIMIT 1)
+         LIMIT 1) AS re_exported_as
   FROM export_jobs AS job
 """
 FIND_JOBS = _SELECT + " WHERE job_id = ANY (%s::uuid[])"
@@ -65,11 +65,19 @@ SELECT event_id, job_id, user_id, started_at,
  ORDER BY started_at
 """
 
-FIND_PROGRESS = """
-SELECT job_id, user_id, (SELECT sum(upper(part) - lower(part)) FROM unnest(received) AS part)::bigint
-  FROM download_progress
- WHERE job_id = ANY (%s::uuid[]) AND NOT isempty(received)
+# In one statement: the record that counts a download clears what was there of it.
+_WITH_PROGRESS = """
+SELECT job.*,
+       (SELECT coalesce(jsonb_object_agg(user_id, received_bytes), '{}')
+          FROM (
+            SELECT user_id,
+                   (SELECT sum(upper(part) - lower(part)) FROM unnest(received) AS part) AS received_bytes
+              FROM download_progress AS progress
+             WHERE progress.job_id = job.job_id AND NOT isempty(received)
+          ) AS by_user)
+  FROM (
 """
+FIND_JOBS_IN_PROGRESS = _WITH_PROGRESS + FIND_JOBS + ") AS job"
 
 STATUSES = ("pending", "processing", "completed", "failed")
 
@@ -144,13 +152,13 @@ async def find_running_downloads(database: Database, job_ids: list[UUID]) -> lis
     return [RunningDownload(*row) for row in rows]
 
 
-async def find_progress(database: Database, job_ids: list[UUID]) -> dict[tuple[UUID, str], int]:
-    """How many bytes of those jobs' packages each user has who has a part, from deliveries that ended.
-
-    Raises DatabaseUnavailable.
-    """
-    rows = await database.fetch_all(FIND_PROGRESS, (job_ids,))
-    return {(job_id, user_id): received for job_id, user_id, received in rows}
+async def find_details_in_progress(
+    database: Database, job_ids: list[UUID]
+) -> dict[UUID, tuple[JobDetails, dict[str, int]]]:
+    """As ``find_details``; with how many bytes of the package each user has who has a part, from deliveries
+    that ended, at the same moment. Raises DatabaseUnavailable."""
+    rows = await database.fetch_all(FIND_JOBS_IN_PROGRESS, (job_ids,))
+    return {row[0]: (_details(row[:-1]), row[-1]) for row in rows}
 
 
 async def lock_details(session: Session, job_id: UUID) -> JobDetails | None:

@@ -250,7 +250,7 @@ async def test_one_look_serves_all_readers_and_none_is_made_without(
     start: Start, jobs: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looks: list[list[UUID]] = []
-    find = events.find_details
+    find = events.find_details_in_progress
 
     async def counting(database: Database, job_ids: list[UUID]) -> Any:
         looks.append(job_ids)
@@ -263,7 +263,7 @@ async def test_one_look_serves_all_readers_and_none_is_made_without(
         streams = [await stack.enter_async_context(watching(client, package)) for _ in range(20)]
         for stream in streams:
             await stream.next()
-        monkeypatch.setattr(events, "find_details", counting)
+        monkeypatch.setattr(events, "find_details_in_progress", counting)
         change(jobs, package, "failure_reason = 'x'")
         for stream in streams:
             assert (await stream.next())[1]["failureReason"] == "x"
