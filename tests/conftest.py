@@ -1,6 +1,7 @@
 from asyncio import AbstractEventLoop
 from collections.abc import Callable, Mapping
 
+import structlog
 import uvloop
 
 pytest_plugins = ["tests.support.postgres", "tests.support.application", "tests.support.daemon"]
@@ -9,3 +10,13 @@ pytest_plugins = ["tests.support.postgres", "tests.support.application", "tests.
 def pytest_asyncio_loop_factories() -> Mapping[str, Callable[[], AbstractEventLoop]]:
     """Tests run on the loop that the daemon runs on: its transports differ from asyncio's."""
     return {"uvloop": uvloop.new_event_loop}
+
+
+# rich would take up to a minute to draw a ledger's local variables.
+structlog.configure(
+    processors=[
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback),
+    ]
+)

@@ -130,7 +130,8 @@ def _render_json(event: structlog.typing.EventDict) -> bytes:
 
 
 def _console_renderer(colors: bool) -> Renderer:
-    console = structlog.dev.ConsoleRenderer(colors=colors)
+    # Where rich is installed, the default would show local variables.
+    console = structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=structlog.dev.plain_traceback)
     return lambda event: console(None, "", event).encode()
 
 

@@ -93,8 +93,15 @@ def test_sixteen_connections_get_no_more_than_one(
                "--header", header("ann")),
         Client(jobs, daemon, tmp_path, "eve", curl, "-s", "-H", header("eve")),
     ]  # fmt: skip
-    anns, eves = measure(clients)
-    assert anns == pytest.approx(eves, rel=0.1)
+    # Where the machine is busy, a program may not take its share for some seconds.
+    measured = []
+    for _ in range(3):
+        anns, eves = measure(clients)
+        measured.append((anns, eves))
+        if anns == pytest.approx(eves, rel=0.1):
+            break
+    else:
+        pytest.fail(f"never the same: {measured}")
 
 
 def test_what_a_slow_one_does_not_take_goes_to_the_others(

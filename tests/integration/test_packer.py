@@ -225,10 +225,15 @@ def test_two_packers_make_each_package_once(exportd: Exportd, exports: Path, sta
     ]
     for job_id in jobs:
         wait_until(exportd, job_id, "completed")
+
+    def packed() -> list[str]:
+        return [line["job_id"] for packer in packers for line in packer.events("package_packed")]
+
+    # The line follows the row.
+    wait_for("the last line", lambda: len(packed()) >= len(jobs))
     for packer in packers:
         packer.stop()
-    packed = [line["job_id"] for packer in packers for line in packer.events("package_packed")]
-    assert sorted(packed) == sorted(jobs)
+    assert sorted(packed()) == sorted(jobs)
     assert {state(exportd, job_id)[2] for job_id in jobs} == {1}
 
 
