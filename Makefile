@@ -10,6 +10,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 4
+# The tests start exportd hundreds of times: its modules are compiled once.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test lint screenshots bench clean
 
@@ -17,7 +19,7 @@ demo: $(VENV)/installed
 	$(BIN)/exportd demo
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -n $(WORKERS) --cov --cov-report=term $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --cov --cov-report=term $(ARGS)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .

@@ -251,12 +251,14 @@ async def test_any_text_at_all_is_refused_in_words(text: str) -> None:
     st.dictionaries(
         st.sampled_from(["alg", "kid", "crit", "typ", "b64", "jwk", "cty"]),
         st.recursive(
-            st.none() | st.booleans() | st.integers() | st.text(max_size=9) | st.sampled_from(ALL), st.lists
+            st.none() | st.booleans() | st.integers() | st.text(max_size=9) | st.sampled_from(ALL),
+            st.lists,
+            max_leaves=5,
         ),
     ),
     st.recursive(st.none() | st.integers() | st.text(max_size=9), lambda inner: st.dictionaries(
         st.sampled_from(["exp", "nbf", "aud", "iss", "userId", "role", "sub", "jti"]), inner
-    )),
+    ), max_leaves=20),
 )  # fmt: skip
 async def test_whatever_a_rightly_signed_token_holds_it_verifies_or_is_refused(
     header: dict[str, object], payload: object

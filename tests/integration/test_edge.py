@@ -97,9 +97,9 @@ MALFORMED: dict[str, bytes] = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def daemon(exportd: Exportd) -> Daemon:
-    return exportd.serve(EXPORTD_SERVER__HEAD_TIMEOUT_SECONDS="2")
+@pytest.fixture(scope="module")
+def daemon(shared_exportd: Exportd) -> Daemon:
+    return shared_exportd.serve(EXPORTD_SERVER__HEAD_TIMEOUT_SECONDS="2")
 
 
 def test_what_is_no_request_is_told_so_once(daemon: Daemon) -> None:

@@ -1,6 +1,5 @@
 """Field values and tickets as raw bytes, sent to a running daemon: what it answers makes sense."""
 
-import contextlib
 import hashlib
 import http.client
 import json
@@ -21,7 +20,6 @@ from hypothesis import strategies as st
 from tests.support.application import ADMIN, ANN, Jobs, Package
 from tests.support.daemon import Exportd
 from tests.support.openapi import check_answer
-from tests.support.postgres import migrated_database
 
 CONTENT = random.Random(9110).randbytes(1000)
 TOKEN = ANN["Authorization"].removeprefix("Bearer ")
@@ -56,18 +54,15 @@ class Target:
 
 
 @pytest.fixture(scope="module")
-def target(server_dsn: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
-    with migrated_database(server_dsn) as dsn:
-        exportd = Exportd(tmp_path_factory.mktemp("fuzz"), dsn)
-        with contextlib.closing(exportd):
-            exportd.storage.mkdir(parents=True)
-            package = Jobs(dsn, exportd.storage).add(CONTENT)
-            daemon = exportd.serve()
-            with urllib.request.urlopen(f"{daemon.url}/api-docs/swagger.json") as response:
-                document = json.loads(response.read())
-            etag = f'"{hashlib.sha256(CONTENT).hexdigest()}"'
-            yield Target(daemon.port, package, etag, document)
-            assert not daemon.events("request_failed")
+def target(shared_exportd: Exportd) -> Iterator[Target]:
+    shared_exportd.storage.mkdir(parents=True)
+    package = Jobs(shared_exportd.dsn, shared_exportd.storage).add(CONTENT)
+    daemon = shared_exportd.serve()
+    with urllib.request.urlopen(f"{daemon.url}/api-docs/swagger.json") as response:
+        document = json.loads(response.read())
+    etag = f'"{hashlib.sha256(CONTENT).hexdigest()}"'
+    yield Target(daemon.port, package, etag, document)
+    assert not daemon.events("request_failed")
 
 
 def near(*scraps: str) -> st.SearchStrategy[bytes]:

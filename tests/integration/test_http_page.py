@@ -18,7 +18,6 @@ import pytest
 
 from tests.support.application import ANN, Jobs, Package
 from tests.support.daemon import Exportd
-from tests.support.postgres import migrated_database
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "http.md"
 CONTENT = random.Random(9110).randbytes(1000)
@@ -75,31 +74,26 @@ class Served:
 
 
 @pytest.fixture(scope="module", params=["sendfile", "chunks"])
-def served(
-    request: pytest.FixtureRequest, server_dsn: str, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Served]:
-    with migrated_database(server_dsn) as dsn:
-        exportd = Exportd(tmp_path_factory.mktemp("http"), dsn)
-        exportd.storage.mkdir(parents=True)
-        package = Jobs(dsn, exportd.storage).add(CONTENT)
-        daemon = exportd.serve(EXPORTD_DOWNLOAD__SENDFILE=str(request.param == "sendfile").lower())
-        connection = http.client.HTTPConnection("127.0.0.1", daemon.port, timeout=30)
-        served = Served(connection, package, {})
-        response, _ = served.request("HEAD", [])
-        modified = parsedate_to_datetime(response.headers["Last-Modified"])
-        digest = hashlib.sha256(CONTENT).digest()
-        served.values = {
-            "E": f'"{digest.hex()}"',
-            "LM": response.headers["Last-Modified"],
-            "LM+1s": format_datetime(modified + timedelta(seconds=1), usegmt=True),
-            "LM-1s": format_datetime(modified - timedelta(seconds=1), usegmt=True),
-            "DIGEST": f"sha-256=:{base64.b64encode(digest).decode()}:",
-        }
-        yield served
-        connection.close()
-        methods = {line["method"] for line in daemon.events("download_completed")}
-        exportd.close()
-        assert methods == {request.param}
+def served(request: pytest.FixtureRequest, shared_exportd: Exportd) -> Iterator[Served]:
+    shared_exportd.storage.mkdir(parents=True, exist_ok=True)
+    package = Jobs(shared_exportd.dsn, shared_exportd.storage).add(CONTENT)
+    daemon = shared_exportd.serve(EXPORTD_DOWNLOAD__SENDFILE=str(request.param == "sendfile").lower())
+    connection = http.client.HTTPConnection("127.0.0.1", daemon.port, timeout=30)
+    served = Served(connection, package, {})
+    response, _ = served.request("HEAD", [])
+    modified = parsedate_to_datetime(response.headers["Last-Modified"])
+    digest = hashlib.sha256(CONTENT).digest()
+    served.values = {
+        "E": f'"{digest.hex()}"',
+        "LM": response.headers["Last-Modified"],
+        "LM+1s": format_datetime(modified + timedelta(seconds=1), usegmt=True),
+        "LM-1s": format_datetime(modified - timedelta(seconds=1), usegmt=True),
+        "DIGEST": f"sha-256=:{base64.b64encode(digest).decode()}:",
+    }
+    yield served
+    connection.close()
+    assert daemon.stop() == 0
+    assert {line["method"] for line in daemon.events("download_completed")} == {request.param}
 
 
 def parts_of(response: http.client.HTTPResponse, body: bytes) -> list[Message]:

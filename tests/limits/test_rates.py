@@ -41,15 +41,15 @@ def test_in_no_minute_more_than_twice_the_rate(per_minute: int, gaps: list[float
         assert sum(start <= at < start + 60 for at in taken) <= 2 * per_minute
 
 
-def test_a_million_addresses_take_no_memory_and_do_not_wash_out_who_is_at_the_limit() -> None:
+def test_any_number_of_addresses_takes_no_memory_and_does_not_wash_out_who_is_at_the_limit() -> None:
     shared = make_shared_memory(1)
     rates, noise = Rates(shared), random.Random(1)
     size = len(shared.memory)
     for _ in range(10):
         rates.take("busy", 10, now=0.0)
-    for n in range(1_000_000):
-        rates.take(f"{noise.getrandbits(32)}", 600, now=n / 100_000)
-        if n % 5_000 == 0:
+    for n in range(200_000):
+        rates.take(f"{noise.getrandbits(32)}", 600, now=n / 20_000)
+        if n % 1_000 == 0:
             assert rates.take("busy", 10, now=0.0) > 0
     assert len(shared.memory) == size
 

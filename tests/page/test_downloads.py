@@ -14,6 +14,8 @@ from tests.support.postgres import query
 from tests.support.programs import require
 from tests.support.proxy import CuttingProxy
 
+# With its own download manager.
+WHOLE_CHROMIUM = True
 NAME = "export-customer-form-2025-10-24.tar.gz"
 SIZE = 30_000_000
 # Seconds for a whole package, so that there is something to be seen of it.

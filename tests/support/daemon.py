@@ -17,6 +17,7 @@ import pytest
 import trustme
 
 from tests.support.application import SECRET
+from tests.support.postgres import migrated_database
 
 WAIT_SECONDS = 60.0
 
@@ -87,6 +88,10 @@ class Exportd:
             "EXPORTD_SERVER__PORT": "0",
         }
 
+    def leave_uncovered(self) -> None:
+        """Without the measurement of coverage, which doubles what a process needs to start."""
+        self.environ.pop("COVERAGE_PROCESS_CONFIG", None)
+
     @property
     def storage(self) -> Path:
         return self.folder / "data" / "packages"
@@ -121,6 +126,7 @@ class Exportd:
                 stdout=stdout,
                 stderr=subprocess.STDOUT,
                 text=True,
+                start_new_session=True,
             )
         daemon = Daemon(process, output)
         self._daemons.append(daemon)
@@ -132,7 +138,9 @@ class Exportd:
                 daemon.process.terminate()
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     daemon.process.wait(5)
-            daemon.process.kill()
+            # With whatever it was started under: faketime passes no signal on.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(daemon.process.pid, signal.SIGKILL)
             daemon.process.wait()
 
 
@@ -141,6 +149,16 @@ def exportd(tmp_path: Path, dsn: str) -> Iterator[Exportd]:
     command = Exportd(tmp_path, dsn)
     yield command
     command.close()
+
+
+@pytest.fixture(scope="module")
+def shared_exportd(server_dsn: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Exportd]:
+    """For tests that leave nothing behind: one for all of a module."""
+    with migrated_database(server_dsn) as dsn:
+        command = Exportd(tmp_path_factory.mktemp("shared"), dsn)
+        command.leave_uncovered()
+        yield command
+        command.close()
 
 
 @pytest.fixture
