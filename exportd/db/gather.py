@@ -39,7 +39,7 @@ class Gatherer(Generic[Item, Answer]):
         self._observe = observe
         self._under_way = 0
         self._waiting: list[tuple[Item, asyncio.Future[Answer]]] = []
-        self._running: set[asyncio.Task[None]] = set()
+        self._running: set[asyncio.Task[None] | None] = set()
 
     @property
     def waiting(self) -> int:
@@ -57,6 +57,13 @@ class Gatherer(Generic[Item, Answer]):
         return answer
 
     async def _work(self) -> None:
+        try:
+            await self._work_off()
+        finally:
+            # At once: the callback comes a turn later, and what is submitted until then would start nobody.
+            self._running.discard(asyncio.current_task())
+
+    async def _work_off(self) -> None:
         while self._waiting:
             group = self._take_group()
             self._under_way += len(group)

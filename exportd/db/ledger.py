@@ -9,10 +9,10 @@ because its row is locked, holds up no other. ``db/downloads.py`` holds the rule
 
 import asyncio
 import contextlib
+import itertools
 import random
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 from uuid import UUID, uuid4
@@ -27,7 +27,7 @@ from exportd.db.downloads import (
     record_downloads,
 )
 from exportd.db.gather import Gatherer, Observe
-from exportd.db.pool import Database, DatabaseRefused, DatabaseUnavailable
+from exportd.db.pool import Database, DatabaseRefused, DatabaseUnavailable, ValueRefused
 from exportd.db.rows import DownloadEvent
 from exportd.db.spool import Spool
 
@@ -98,8 +98,9 @@ class DownloadLedger:
         self._lane = asyncio.Lock()
         # Until a statement goes well again, everything goes to the spool.
         self._is_away = False
-        # Of processes that have ended.
+        # Of processes that have ended; and the files that could not be taken for such.
         self._adopted: list[Spool] = []
+        self._passed_over: set[str] = set()
         self._looked_for_lost_at = float("-inf")
         self._told_at = float("-inf")
         self._looked_round = asyncio.Event()
@@ -116,7 +117,12 @@ class DownloadLedger:
     @property
     def spooled(self) -> int:
         """How many events wait for the database."""
-        return len(self._spool) + sum(len(spool) for spool in self._adopted)
+        return sum(len(spool) for spool in self._spools)
+
+    @property
+    def _spools(self) -> Sequence[Spool]:
+        """In the order in which what waits of one job goes to the database."""
+        return *self._adopted, self._spool
 
     def record(self, event: DownloadEvent) -> asyncio.Future[None]:
         """Done once the event is durable, in the database or in the spool. Idempotent by the event's id.
@@ -179,7 +185,7 @@ class DownloadLedger:
             await asyncio.wait(recording)
         for event in self._spool.homeless:
             log.error("download_not_recorded", **_describe(event))
-        for spool in (self._spool, *self._adopted):
+        for spool in self._spools:
             spool.close()
 
     async def _write(self, events: list[DownloadEvent]) -> list[None]:
@@ -188,14 +194,14 @@ class DownloadLedger:
             direct: list[DownloadEvent] = []
             behind: list[DownloadEvent] = []
             for event in events:
-                is_behind = self._is_away or self._spool.holds(event.job_id)
+                is_behind = self._is_away or any(event.job_id in spool.job_ids for spool in self._spools)
                 (behind if is_behind else direct).append(event)
             if direct:
                 try:
                     async with asyncio.timeout(_SPOOL_AFTER_SECONDS):
                         await self._write_to_database(direct)
-                except (DatabaseUnavailable, TimeoutError) as error:
-                    log.warning("events_spooled", count=len(direct), error=_words(error))
+                except Exception as error:  # noqa: BLE001  # whatever it is, no event may be lost
+                    log.warning("events_spooled", count=len(direct), **_explain(error))
                     self._is_away = True
                     behind = events
             if behind:
@@ -205,7 +211,7 @@ class DownloadLedger:
     async def _put_aside(self, events: Sequence[DownloadEvent]) -> None:
         try:
             await self._spool.append(events)
-        except OSError:
+        except Exception:
             await self._spool.keep(events)
             raise
 
@@ -214,7 +220,7 @@ class DownloadLedger:
         write = checkpoint_downloads if events[0].outcome == "running" else record_downloads
         try:
             await write(self._database, events)
-        except DatabaseRefused:
+        except ValueRefused:
             if len(events) == 1:
                 # Nothing that is tried later would go better; the log has it whole.
                 log.exception("download_not_recorded", **_describe(events[0]))
@@ -236,7 +242,7 @@ class DownloadLedger:
 
     async def _look_round(self) -> None:
         try:
-            for spool in (self._spool, *self._adopted):
+            for spool in self._spools:
                 await self._drain(spool)
             if self._adopted or time.monotonic() - self._looked_for_lost_at >= _LOOK_FOR_LOST_SECONDS:
                 await self._finish_for_others()
@@ -250,18 +256,22 @@ class DownloadLedger:
         Raises DatabaseUnavailable where it takes nothing at all.
         """
         count = 0
+        # Whose turn is not yet.
+        earlier = itertools.takewhile(lambda other: other is not spool, self._spools)
+        held = {job_id for other in earlier for job_id in other.job_ids}
         suspect: set[UUID] = set()
         stuck: dict[UUID, BaseException] = {}
         while len(spool) > 0:
             # In the lane, so that the end of the spool comes in sight while others keep coming in.
             async with self._lane:
-                group = _next_group(await spool.waiting(), suspect, stuck)
+                waiting = [event for event in await spool.waiting() if event.job_id not in held]
+                group = _next_group(waiting, suspect, stuck)
                 if not group:
                     break
                 try:
                     async with asyncio.timeout(_SPOOL_AFTER_SECONDS):
                         await self._write_to_database(group)
-                except (DatabaseUnavailable, TimeoutError) as error:
+                except Exception as error:  # noqa: BLE001  # whatever it is, it must not hold up other jobs
                     failure = error
                 else:
                     await spool.written(group)
@@ -285,7 +295,7 @@ class DownloadLedger:
         """The first event of a job by itself, in all the time that a statement may take."""
         event = next((event for event in await spool.waiting() if event.job_id == job_id), None)
         if event is not None:
-            with contextlib.suppress(DatabaseUnavailable):
+            with contextlib.suppress(DatabaseUnavailable, DatabaseRefused):
                 await self._write_to_database([event])
                 await spool.written([event])
 
@@ -302,7 +312,7 @@ class DownloadLedger:
         if self.spooled and now - self._told_at >= _TELL_AGAIN_SECONDS:
             self._told_at = now
             some = [str(job_id) for job_id in job_ids[:10]]
-            log.warning("spool_not_drained", count=self.spooled, job_ids=some, error=_words(error))
+            log.warning("spool_not_drained", count=self.spooled, job_ids=some, **_explain(error))
 
     async def _write_checkpoints(self) -> None:
         now = time.monotonic()
@@ -314,23 +324,24 @@ class DownloadLedger:
             group = events[start : start + LARGEST_GROUP]
             try:
                 await self._write_to_database(group)
-            except DatabaseUnavailable:
+            except (DatabaseUnavailable, DatabaseRefused) as error:
                 with contextlib.suppress(OSError):
                     await self._spool.append(group)
-                raise
+                if isinstance(error, DatabaseUnavailable):
+                    raise
 
     async def _finish_for_others(self) -> None:
         """Writes the spools of processes that have ended, and records the deliveries they left running.
 
         Raises DatabaseUnavailable and OSError, and does it all again next time.
         """
-        found = await asyncio.to_thread(lambda: list(Spool.adopt(self._folder)))
+        found = await asyncio.to_thread(Spool.adopt, self._folder, self._passed_over)
         self._adopted += found
         for spool in found:
             await self._drain(spool)
         ended = [spool.owner for spool in self._adopted]
         lost = await find_lost(self._database, ended, _LOST_AFTER_SECONDS)
-        known = {event.event_id for event in await self._spool.waiting()}
+        known = {event.event_id for spool in self._spools for event in await spool.waiting()}
         if lost := [event for event in lost if event.event_id not in known]:
             await self._put_aside(lost)
             for event in lost:
@@ -363,10 +374,12 @@ def _next_group(
     waiting: Sequence[DownloadEvent], suspect: Collection[UUID], stuck: Collection[UUID]
 ) -> list[DownloadEvent]:
     """What one statement may take next: no job that is stuck, and one that is suspect only by itself."""
-    chosen = list(islice((event for event in waiting if event.job_id not in suspect), LARGEST_GROUP))
+    chosen = list(
+        itertools.islice((event for event in waiting if event.job_id not in suspect), LARGEST_GROUP)
+    )
     if not chosen:
         alone = next((event.job_id for event in waiting if event.job_id not in stuck), None)
-        chosen = list(islice((event for event in waiting if event.job_id == alone), LARGEST_GROUP))
+        chosen = list(itertools.islice((event for event in waiting if event.job_id == alone), LARGEST_GROUP))
     if running := [event for event in chosen if event.outcome == "running"]:
         return running
     may_join = one_statement()
@@ -383,8 +396,10 @@ def _discard(sets: dict[UUID, set[Item]], job_id: UUID, item: Item) -> None:
         del sets[job_id]
 
 
-def _words(error: BaseException) -> str:
-    return str(error) or "no answer in time"
+def _explain(error: BaseException) -> dict[str, object]:
+    """For a log line; what was not foreseen with its traceback."""
+    is_foreseen = isinstance(error, DatabaseUnavailable | DatabaseRefused | TimeoutError)
+    return {"error": str(error) or "no answer in time"} | ({} if is_foreseen else {"exc_info": error})
 
 
 def _describe(event: DownloadEvent) -> dict[str, object]:

@@ -32,7 +32,12 @@ class DatabaseUnavailable(Exception):
 
 
 class DatabaseRefused(Exception):
-    """The database refuses a statement, or holds what cannot be read, however often it is tried."""
+    """The database answers and refuses a statement, or holds what cannot be read, until somebody changes it:
+    it may be read-only for a while, or lack a table or a right."""
+
+
+class ValueRefused(DatabaseRefused):
+    """The database refuses what was to be written, however often it is tried."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,17 +209,10 @@ def _translated() -> Iterator[None]:
     except Exception as error:
         if _cancellations() > before:
             raise asyncio.CancelledError from error
-        match error:
-            case psycopg2.OperationalError() | psycopg2.InterfaceError():
-                raise
-            case psycopg2.Error() | ValueError():
-                # ValueError: a value that psycopg2 cannot send, or a time beyond Python's.
-                raise DatabaseRefused(_one_line(error)) from error
-            case RuntimeError():
-                raise DatabaseUnavailable("the pool is closing") from error
-            case TimeoutError():
-                raise DatabaseUnavailable("no connection or no answer in time") from error
-        raise
+        translation = _translation(error)
+        if translation is None:
+            raise
+        raise translation from error
     except asyncio.CancelledError as error:
         # aiopg turns the server's "canceling statement due to statement timeout" into a cancellation that
         # nobody asked for.
@@ -223,6 +221,22 @@ def _translated() -> Iterator[None]:
         raise DatabaseUnavailable("the server cancelled the statement") from error
     if _cancellations() > before:
         raise asyncio.CancelledError
+
+
+def _translation(error: Exception) -> Exception | None:
+    match error:
+        case psycopg2.OperationalError() | psycopg2.InterfaceError():
+            return None
+        case psycopg2.DataError() | psycopg2.IntegrityError() | ValueError():
+            # ValueError: a value that psycopg2 cannot send, or a time beyond Python's.
+            return ValueRefused(_one_line(error))
+        case psycopg2.Error():
+            return DatabaseRefused(_one_line(error))
+        case RuntimeError():
+            return DatabaseUnavailable("the pool is closing")
+        case TimeoutError():
+            return DatabaseUnavailable("no connection or no answer in time")
+    return None
 
 
 def _cancellations() -> int:

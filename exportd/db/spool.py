@@ -11,7 +11,7 @@ import fcntl
 import os
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Self
@@ -49,38 +49,61 @@ class Spool:
         """Raises OSError."""
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         path = folder / f"{owner}{_SUFFIX}"
-        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        return cls(path, descriptor)
+        while True:
+            descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            # Another process may have adopted it, found it empty and removed it before it was locked.
+            if os.fstat(descriptor).st_nlink > 0:
+                return cls(path, descriptor)
+            os.close(descriptor)
 
     @classmethod
-    def adopt(cls, folder: Path) -> Iterator[Self]:
-        """The spools whose processes have ended, each locked for the caller. Raises OSError."""
+    def adopt(cls, folder: Path, passed_over: set[str]) -> list[Self]:
+        """The spools whose processes have ended, each locked for the caller.
+
+        What cannot be read is told, once for each name in ``passed_over``, and costs none of the others.
+        """
+        found = []
         for path in sorted(folder.glob(f"*{_SUFFIX}")):
             try:
-                descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
-            except FileNotFoundError:
-                continue
+                if (spool := cls._take(path)) is not None:
+                    found.append(spool)
+            except (OSError, ValueError) as error:
+                if path.name not in passed_over:
+                    passed_over.add(path.name)
+                    log.error("spool_not_adopted", file=path.name, error=str(error))
+        return found
+
+    @classmethod
+    def _take(cls, path: Path) -> Self | None:
+        """None: its process lives. Raises OSError, and ValueError for a name that is nobody's."""
+        UUID(path.stem)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        with contextlib.ExitStack() as stack:
+            stack.callback(os.close, descriptor)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                is_there = os.fstat(descriptor).st_nlink > 0
             except BlockingIOError:
-                is_there = False
-            if is_there:
-                spool = cls(path, descriptor)
-                spool._unwritten = spool._read_on()
-                spool._waiting.update(event.job_id for event in spool._unwritten)
-                yield spool
-            else:
-                os.close(descriptor)
+                return None
+            if os.fstat(descriptor).st_nlink == 0:
+                return None
+            spool = cls(path, descriptor)
+            spool._unwritten = spool._read_on()
+            spool._waiting.update(event.job_id for event in spool._unwritten)
+            stack.pop_all()
+            return spool
 
     def __len__(self) -> int:
         """How many events wait here."""
         return self._waiting.total()
 
-    def holds(self, job_id: UUID) -> bool:
-        """Whether an event of the job waits here."""
-        return job_id in self._waiting
+    @property
+    def job_ids(self) -> Collection[UUID]:
+        """The jobs whose events wait here."""
+        return self._waiting.keys()
 
     async def append(self, events: Sequence[DownloadEvent]) -> None:
         """Returns once the events are on the disk. Raises OSError, and then none of them is in the file."""
@@ -93,7 +116,11 @@ class Spool:
     async def keep(self, events: Sequence[DownloadEvent]) -> None:
         """Events that the disk does not take wait in memory, behind what is in the file."""
         async with self._access:
-            self._unwritten += await asyncio.to_thread(self._read_on)
+            try:
+                self._unwritten += await asyncio.to_thread(self._read_on)
+            except RuntimeError:
+                # No thread is to be had either.
+                self._unwritten += self._read_on()
             new = {id(event): event for event in events if id(event) not in self._homeless}
             self._homeless |= new
             self._unwritten += new.values()
@@ -182,10 +209,14 @@ def _from_line(line: bytes) -> DownloadEvent | None:
     checksum, _, content = line.removesuffix(b"\n").partition(b" ")
     if not line.endswith(b"\n") or checksum != b"%08x" % zlib.crc32(content):
         return None
-    fields = orjson.loads(content)
-    for name in ("event_id", "job_id", "daemon_id"):
-        fields[name] = UUID(fields[name])
-    for name in ("requested", "received"):
-        fields[name] = tuple((start, stop) for start, stop in fields[name])
-    fields["started_at"] = datetime.fromisoformat(fields["started_at"])
-    return DownloadEvent(**fields)
+    try:
+        fields = orjson.loads(content)
+        for name in ("event_id", "job_id", "daemon_id"):
+            fields[name] = UUID(fields[name])
+        for name in ("requested", "received"):
+            fields[name] = tuple((start, stop) for start, stop in fields[name])
+        fields["started_at"] = datetime.fromisoformat(fields["started_at"])
+        return DownloadEvent(**fields)
+    except (KeyError, TypeError, ValueError):
+        # Whole, and of a version with other fields.
+        return None

@@ -624,4 +624,4 @@ async def test_a_job_that_cannot_be_read_costs_no_other_look_up(database: Databa
     results = await asyncio.gather(
         *(finder.find_job(job_id) for job_id in [good, bad, good, bad, good]), return_exceptions=True
     )
-    assert [type(result).__name__ for result in results] == ["Job", "DatabaseRefused"] * 2 + ["Job"]
+    assert [type(result).__name__ for result in results] == ["Job", "ValueRefused"] * 2 + ["Job"]

@@ -13,11 +13,17 @@ import psycopg2
 import pytest
 import structlog
 
+from exportd.db.downloads import checkpoint_downloads
 from exportd.db.ledger import DownloadLedger, open_ledger
 from exportd.db.pool import Database
 from exportd.db.spool import Spool
 from tests.db.test_ledger import completed_job, count, event, lost, part
 from tests.support.postgres import query
+
+CUT_OFF = (
+    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+    " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+)
 
 
 @pytest.fixture
@@ -194,3 +200,104 @@ async def test_one_among_hundreds_that_is_refused_costs_few_statements(
     await asyncio.gather(*map(ledger.record, events))
     assert statements < 30
     assert await count(database, job_id) == 499
+
+
+@pytest.mark.usefixtures("quickly")
+@pytest.mark.parametrize(
+    ("go_wrong", "be_right_again"),
+    [
+        (
+            "ALTER TABLE download_progress RENAME TO elsewhere",
+            "ALTER TABLE elsewhere RENAME TO download_progress",
+        ),
+        (
+            "CREATE FUNCTION object() RETURNS trigger LANGUAGE plpgsql AS"
+            " $$ BEGIN RAISE EXCEPTION 'maintenance'; END $$;"
+            "CREATE TRIGGER object BEFORE UPDATE ON export_jobs FOR EACH ROW EXECUTE FUNCTION object()",
+            "DROP TRIGGER object ON export_jobs",
+        ),
+        (
+            f"ALTER DATABASE {{name}} SET default_transaction_read_only = on; {CUT_OFF}",
+            f"ALTER DATABASE {{name}} RESET default_transaction_read_only; {CUT_OFF}",
+        ),
+    ],
+    ids=["a table is missing", "a trigger objects", "read-only"],
+)
+async def test_a_database_that_refuses_for_a_while_costs_no_count(
+    database: Database, ledger: DownloadLedger, dsn: str, go_wrong: str, be_right_again: str
+) -> None:
+    job_id, _ = await completed_job(database)
+    name = psycopg2.extensions.parse_dsn(dsn)["dbname"]
+    writing = psycopg2.extensions.make_dsn(dsn, options="-c default_transaction_read_only=off")
+    query(dsn, go_wrong.format(name=name))
+    try:
+        with structlog.testing.capture_logs() as logs:
+            async with asyncio.timeout(60):
+                await asyncio.gather(ledger.record(event(job_id)), ledger.record(part(job_id, 0, 999)))
+                while not any(line["event"] == "spool_not_drained" for line in logs):
+                    await asyncio.sleep(0.01)
+        assert ledger.spooled == 2
+    finally:
+        query(writing, be_right_again.format(name=name))
+    await until_spooled(ledger, 0)
+    assert await count(database, job_id) == 1
+    await ledger.record(part(job_id, 999, 1000))
+    assert await count(database, job_id) == 2
+
+
+@pytest.mark.usefixtures("quickly")
+async def test_whatever_goes_wrong_an_event_is_kept(
+    database: Database, ledger: DownloadLedger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id, _ = await completed_job(database)
+    with monkeypatch.context() as patched:
+
+        async def fail(*_: object) -> None:
+            raise OSError(24, "Too many open files")
+
+        patched.setattr(database, "fetch_all", fail)
+        await ledger.record(event(job_id))
+        assert ledger.spooled == 1
+
+        async def fail_too(*_: object) -> None:
+            raise RuntimeError("can't start new thread")
+
+        patched.setattr(ledger._spool, "append", fail_too)
+        with pytest.raises(RuntimeError):
+            await ledger.record(event(job_id))
+        assert ledger.spooled == 2
+    await until_spooled(ledger, 0)
+    assert await count(database, job_id) == 2
+
+
+@pytest.mark.usefixtures("quickly")
+@pytest.mark.parametrize("way", ["a whole one", "a part"])
+async def test_what_comes_later_waits_behind_what_the_dead_have_left(
+    database: Database, dsn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    monkeypatch.setattr("exportd.db.ledger._START_SECONDS", 0.05)
+    job_id, _ = await completed_job(database)
+    dead = Spool.create(tmp_path / "ledger", uuid.uuid4())
+    if way == "a whole one":
+        # It was written down while it ran; then its end could not be.
+        whole = event(job_id, daemon_id=dead.owner)
+        await checkpoint_downloads(
+            database, [replace(whole, outcome="running", received=((0, 400),), bytes_sent=400)]
+        )
+        await dead.append([whole])
+        later = [part(job_id, 400, 1000)]
+    else:
+        await dead.append([part(job_id, 0, 500, daemon_id=dead.owner)])
+        later = [event(job_id), part(job_id, 500, 1000)]
+    fcntl.flock(dead._descriptor, fcntl.LOCK_UN)
+    with locked(dsn, job_id):
+        ledger = await open_ledger(database, tmp_path / "ledger")
+        await until_spooled(ledger, 1)
+        for recorded in later:
+            await ledger.record(recorded)
+        assert ledger.spooled == 1 + len(later)
+    await until_spooled(ledger, 0)
+    assert await count(database, job_id) == 1
+    assert query(dsn, "SELECT outcome FROM download_events WHERE outcome = 'lost'") == []
+    await ledger.close()
+    os.close(dead._descriptor)

@@ -3,6 +3,7 @@
 import fcntl
 import os
 import uuid
+import zlib
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -148,15 +149,15 @@ async def test_what_a_dead_process_left_behind_is_adopted_once(tmp_path: Path) -
     await dead.append(given)
     fcntl.flock(dead._descriptor, fcntl.LOCK_UN)
 
-    (adopted,) = Spool.adopt(folder)
+    (adopted,) = Spool.adopt(folder, set())
     assert (adopted.owner, len(adopted)) == (dead.owner, 2)
     # Who looks at the same time finds nothing: both the living and the adopted are locked.
-    assert list(Spool.adopt(folder)) == []
+    assert Spool.adopt(folder, set()) == []
     writer = Writer()
     await replay(adopted, writer)
     assert writer.written == given
     adopted.close()
-    assert list(Spool.adopt(folder)) == []
+    assert Spool.adopt(folder, set()) == []
     assert [path.stem for path in folder.iterdir()] == [str(mine.owner)]
     mine.close()
     assert list(folder.iterdir()) == []
@@ -168,7 +169,7 @@ async def test_a_spool_that_is_closed_with_events_in_it_stays(tmp_path: Path) ->
     spool = Spool.create(folder, uuid.uuid4())
     await spool.append(events(1))
     spool.close()
-    (found,) = Spool.adopt(folder)
+    (found,) = Spool.adopt(folder, set())
     assert len(found) == 1
     found.close()
 
@@ -196,12 +197,12 @@ async def test_what_is_written_of_a_spool_waits_no_more_and_the_rest_stays(
     await spool.written([first, third])
     await spool.append(given[2:])
     assert [item.event_id for item in await spool.waiting()] == [item.event_id for item in given[1:]]
-    assert (len(spool), spool.holds(JOB), spool.holds(other.job_id)) == (3, True, False)
+    assert (len(spool), set(spool.job_ids)) == (3, {JOB})
     # Whoever finds the file later gets all of it again.
     assert len(list(spool.read())) == 5
     await spool.written([second])
     await spool.written(await spool.waiting())
-    assert (len(spool), spool.holds(JOB)) == (0, False)
+    assert (len(spool), set(spool.job_ids)) == (0, set())
     assert file_of(spool, tmp_path).stat().st_size == 0
 
 
@@ -213,3 +214,66 @@ async def test_what_no_disk_takes_waits_in_memory_once(spool: Spool) -> None:
     assert (await spool.waiting(), len(spool), spool.homeless) == (given, 3, given[1:])
     await spool.written(await spool.waiting())
     assert (len(spool), spool.homeless) == (0, [])
+
+
+async def test_one_that_is_just_made_is_not_taken_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a process that looks round between its making and its lock."""
+    folder = tmp_path / "ledger"
+    lock = fcntl.flock
+
+    def others_first(descriptor: int, how: int) -> None:
+        monkeypatch.setattr("fcntl.flock", lock)
+        (empty,) = Spool.adopt(folder, set())
+        empty.close()
+        lock(descriptor, how)
+
+    monkeypatch.setattr("fcntl.flock", others_first)
+    spool = Spool.create(folder, uuid.uuid4())
+    assert file_of(spool, tmp_path).exists()
+    await spool.append(events(1))
+    fcntl.flock(spool._descriptor, fcntl.LOCK_UN)
+    assert [len(found) for found in Spool.adopt(folder, set())] == [1]
+
+
+async def test_a_file_that_is_no_spool_costs_no_other(tmp_path: Path) -> None:
+    folder = tmp_path / "ledger"
+    dead = Spool.create(folder, uuid.UUID(int=5))
+    await dead.append(events(2))
+    fcntl.flock(dead._descriptor, fcntl.LOCK_UN)
+    (folder / "copy-of-yesterday.spool").write_bytes(file_of(dead, tmp_path).read_bytes())
+    (folder / f"{uuid.UUID(int=1)}.spool").mkdir()
+    passed_over: set[str] = set()
+    with structlog.testing.capture_logs() as logs:
+        (found,) = Spool.adopt(folder, passed_over)
+        assert len(found) == 2
+        Spool.adopt(folder, passed_over)
+    assert [line["file"] for line in logs] == [f"{uuid.UUID(int=1)}.spool", "copy-of-yesterday.spool"]
+    found.close()
+
+
+async def test_a_line_of_another_version_is_told_and_kept(spool: Spool, tmp_path: Path) -> None:
+    await spool.append(events(2))
+    file = file_of(spool, tmp_path)
+    lines = file.read_bytes().splitlines(keepends=True)
+    content = lines[1][9:-1].replace(b'"reason"', b'"why"')
+    file.write_bytes(b"\n%08x %b\n" % (zlib.crc32(content), content) + lines[2])
+    with structlog.testing.capture_logs() as logs:
+        assert [event.request_id for event in spool.read()] == ["r1"]
+    assert [line["event"] for line in logs] == ["spool_line_damaged"]
+    assert file.with_suffix(".damaged").exists()
+
+
+async def test_what_no_disk_takes_is_kept_where_no_thread_is_to_be_had(
+    spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await spool.append(events(1))
+    with monkeypatch.context() as patched:
+
+        async def refuse(*_: object) -> None:
+            raise RuntimeError("can't start new thread")
+
+        patched.setattr("asyncio.to_thread", refuse)
+        await spool.keep(events(2)[1:])
+    assert [event.request_id for event in await spool.waiting()] == ["r0", "r1"]

@@ -37,14 +37,14 @@ class Daemon:
 
     def __init__(self, process: subprocess.Popen[str], output: Path) -> None:
         self.process = process
-        self._output = output
+        self.output = output
 
     @property
     def log(self) -> list[dict[str, Any]]:
         """Every complete log line so far; each is one JSON object."""
         return [
             json.loads(line)
-            for line in self._output.read_text().splitlines(keepends=True)
+            for line in self.output.read_text().splitlines(keepends=True)
             if line.endswith("\n")
         ]
 
@@ -53,7 +53,7 @@ class Daemon:
 
     def wait_for_event(self, name: str) -> dict[str, Any]:
         def found() -> dict[str, Any] | None:
-            assert self.process.poll() in (None, 0, 1), self._output.read_text()
+            assert self.process.poll() in (None, 0, 1), self.output.read_text()
             return next(iter(self.events(name)), None)
 
         event: dict[str, Any] = wait_for(f"the log line {name}", found)
@@ -142,6 +142,8 @@ class Exportd:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(daemon.process.pid, signal.SIGKILL)
             daemon.process.wait()
+            # Shown where the test fails.
+            sys.stdout.write(daemon.output.read_text(errors="replace")[-5000:])
 
 
 @pytest.fixture
