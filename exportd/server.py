@@ -258,13 +258,20 @@ def _accompanied(command: Sequence[str]) -> Iterator[None]:
     """Keeps a process running while the block lasts."""
     is_over = threading.Event()
     present: list[subprocess.Popen[bytes]] = []
+    # A worker that is forked meanwhile would inherit the pipe by which Popen learns that the command runs,
+    # and Popen would wait until that worker ends.
+    starting = threading.Lock()
+    os.register_at_fork(
+        before=starting.acquire, after_in_parent=starting.release, after_in_child=starting.release
+    )
 
     def keep_running() -> None:
         delay = _FIRST_RESTART_SECONDS
         while not is_over.is_set():
             started = time.monotonic()
             # However this process ends, the pipe does with it.
-            process = subprocess.Popen(command, stdin=subprocess.PIPE)  # noqa: S603
+            with starting:
+                process = subprocess.Popen(command, stdin=subprocess.PIPE)  # noqa: S603
             present[:] = [process]
             if is_over.is_set():
                 process.terminate()

@@ -116,8 +116,7 @@ def start_packer(exportd: Exportd) -> Iterator[Any]:
 
     yield start
     for packer in started:
-        packer.process.kill()
-        packer.process.wait()
+        packer.close()
 
 
 def test_the_daemon_packs_a_waiting_job_and_serves_it(exportd: Exportd, exports: Path) -> None:
@@ -188,7 +187,8 @@ def test_a_job_that_somebody_took_over_is_discarded(
 ) -> None:
     job_id = ask(exportd, slow_folder(exports))
     packer = start_packer()
-    wait_until(exportd, job_id, "processing")
+    # It knows of the job: taking and finding it are two statements.
+    wait_for("some of it to be packed", lambda: state(exportd, job_id)[1])
     other = str(uuid.uuid4())
     query(exportd.dsn, "UPDATE export_jobs SET packer_id = %s", (other,))
     placed = exportd.storage / f"{job_id}.tar.gz"

@@ -5,6 +5,8 @@ import http.client
 import os
 import random
 import signal
+import subprocess
+import sys
 import urllib.request
 from pathlib import Path
 
@@ -153,3 +155,37 @@ def test_workers_that_have_hardly_begun_hear_that_they_shall_stop(exportd: Expor
             assert response.status == 200
         # The others may be on their way still.
         assert daemon.stop() == 0
+
+
+_FORK_BESIDE_A_COMPANION = """
+import os, signal, sys, threading, time
+from exportd import server
+
+ends = 0
+
+class Log:
+    def error(self, *_, **__):
+        global ends
+        ends += 1
+
+server.log = Log()
+server._FIRST_RESTART_SECONDS = 0
+workers = []
+with server._accompanied(["true"]):
+    for _ in range(300):
+        if not (pid := os.fork()):
+            signal.pause()
+        workers.append(pid)
+    before, deadline = ends, time.monotonic() + 20
+    while ends < before + 5 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    print(before, ends)
+    for pid in workers:
+        os.kill(pid, signal.SIGKILL)
+    sys.exit(ends < before + 5)
+"""
+
+
+def test_workers_that_start_together_with_the_packer_do_not_keep_it_from_being_replaced() -> None:
+    done = subprocess.run([sys.executable, "-c", _FORK_BESIDE_A_COMPANION], timeout=100, check=False)
+    assert done.returncode == 0

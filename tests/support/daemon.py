@@ -72,6 +72,12 @@ class Daemon:
         self.process.send_signal(number)
         return self.process.wait(WAIT_SECONDS)
 
+    def close(self) -> None:
+        """Kills it, and shows what it said where the test fails."""
+        self.process.kill()
+        self.process.wait()
+        sys.stdout.write(self.output.read_text(errors="replace")[-5000:])
+
 
 class Exportd:
     """The command line, with a data folder and a database of its own."""
@@ -141,9 +147,7 @@ class Exportd:
             # With whatever it was started under: faketime passes no signal on.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(daemon.process.pid, signal.SIGKILL)
-            daemon.process.wait()
-            # Shown where the test fails.
-            sys.stdout.write(daemon.output.read_text(errors="replace")[-5000:])
+            daemon.close()
 
 
 @pytest.fixture
