@@ -146,7 +146,7 @@ COMMENT ON FUNCTION exportd_reach(text, int8multirange, bigint)
     IS 'exportd: how far the client may have got whose delivery broke off';
 
 CREATE INDEX download_events_broken_off ON download_events (job_id, user_id, started_at)
-    WHERE exportd_reach(outcome, requested, bytes_sent) > upper(received);
+    WHERE exportd_reach(outcome, requested, bytes_sent) > coalesce(upper(received), lower(requested));
 
 CREATE INDEX download_events_resuming ON download_events (job_id, user_id, started_at)
     WHERE lower(requested) > 0 AND outcome <> 'running';

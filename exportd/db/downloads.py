@@ -76,7 +76,7 @@ WITH RECURSIVE given AS (
     SELECT given.*, updated_at,
            int8multirange(int8range(0, package_size_bytes)) AS package,
            lower(requested) AS start,
-           upper(received) AS known,
+           coalesce(upper(received), lower(requested)) AS known,
            exportd_reach(outcome, requested, bytes_sent) AS reach,
            row_number() OVER (PARTITION BY job_id, user_id ORDER BY number) AS turn,
            NOT bool_and(is_whole) OVER (PARTITION BY job_id, user_id) AS is_joining
@@ -101,7 +101,7 @@ _JOIN_PROGRESS = """
       FROM event AS resumed
       JOIN principal USING (job_id, user_id)
      CROSS JOIN LATERAL (
-        SELECT upper(old.received) AS known,
+        SELECT coalesce(upper(old.received), lower(old.requested)) AS known,
                exportd_reach(old.outcome, old.requested, old.bytes_sent) AS reach,
                old.outcome, old.daemon_id, old.updated_at
           FROM download_events AS old
@@ -110,7 +110,8 @@ _JOIN_PROGRESS = """
                  > (resumed.job_id, resumed.user_id, principal.completed_at)
            AND (old.job_id, old.user_id, old.started_at)
                  < (resumed.job_id, resumed.user_id, resumed.started_at)
-           AND exportd_reach(old.outcome, old.requested, old.bytes_sent) > upper(old.received)
+           AND exportd_reach(old.outcome, old.requested, old.bytes_sent)
+                 > coalesce(upper(old.received), lower(old.requested))
          ORDER BY old.job_id DESC, old.user_id DESC, old.started_at DESC
          LIMIT 64
      ) AS broken

@@ -278,3 +278,25 @@ async def test_a_start_whose_byte_before_is_there_tells_nothing_of_others(databa
         await record_downloads(database, [broken])
     await record_downloads(database, [part(job_id, 700, 1000)])
     assert await count(database, job_id) == 0
+
+
+@pytest.mark.parametrize("outcome", ["aborted", "lost"])
+async def test_a_delivery_may_break_off_before_anything_of_it_is_acknowledged(
+    database: Database, dsn: str, outcome: str
+) -> None:
+    for order in ([0, 1], [1, 0]):
+        for together in (True, False):
+            job_id, _ = await completed_job(database)
+            broken = event(
+                job_id,
+                outcome=outcome,
+                started_at=LONG_AGO,
+                requested=((100, 1000),),
+                received=(),
+                bytes_sent=600,
+                daemon_id=uuid.uuid4(),
+            )
+            resume = part(job_id, 600, 1000, started_at=LONG_AGO + timedelta(seconds=20))
+            both = [[broken, resume][number] for number in order]
+            await record_downloads(database, [part(job_id, 0, 100, started_at=LONG_AGO)])
+            assert (await write(database, dsn, [both] if together else [[one] for one in both]))[0] == (1,)
