@@ -8,6 +8,8 @@ idempotent by the event's id.
 
 A delivery that runs is an event too, ``running``; it joins no progress, because it is not known where it will
 end. When its daemon is killed it is recorded as ``lost``, with what was acknowledged by the last checkpoint.
+Where that daemon was only cut off, the delivery's own end is recorded after all: what it received and sent
+since joins then.
 
 A client may have more than was acknowledged when its delivery broke off: acknowledgements were on their way,
 or the daemon was killed. It says how much when it goes on: where the same principal asks for a range that
@@ -36,9 +38,15 @@ _LOCK_JOBS = """
 SELECT FROM export_jobs WHERE job_id = ANY (%(job_id)s::uuid[]) ORDER BY job_id FOR NO KEY UPDATE;
 """
 
-# Idempotent by event_id: everything after the first step sees only the events that this statement inserted.
-_INSERT_EVENTS = """
-WITH RECURSIVE given AS (
+# Idempotent by event_id: everything after ``inserted`` sees only the events that this statement inserted.
+_GIVEN = """
+WITH RECURSIVE before AS (
+    -- What was taken for lost, as it was then: so much has joined already. Reads see nothing that this
+    -- statement writes.
+    SELECT event_id, received, bytes_sent
+      FROM download_events
+     WHERE event_id = ANY (%(event_id)s::uuid[]) AND outcome = 'lost'
+), given AS (
     SELECT *
       FROM unnest(
         %(event_id)s::uuid[], %(job_id)s::uuid[], %(user_id)s::text[], %(started_at)s::timestamptz[],
@@ -51,6 +59,11 @@ WITH RECURSIVE given AS (
         bytes_sent, package_size_bytes, request_id, bytes_acknowledged, reason, method, daemon_id, is_whole,
         number
       )
+"""
+_UNLESS_LOST_BEFORE = """
+     WHERE NOT EXISTS (SELECT FROM before)
+"""
+_INSERT_EVENTS = """
 ), inserted AS (
     INSERT INTO download_events AS known (
         event_id, job_id, user_id, started_at, duration_seconds, outcome, http_status, requested, received,
@@ -72,17 +85,26 @@ WITH RECURSIVE given AS (
      -- One that was taken for lost may end after all: its daemon was cut off for long, and not dead.
      WHERE known.outcome IN ('running', 'lost') AND excluded.outcome NOT IN ('running', known.outcome)
     RETURNING event_id, updated_at
-), event AS (
+), new AS (
     SELECT given.*, updated_at,
+           before.event_id IS NOT NULL AS was_lost,
+           given.received - coalesce(before.received, '{}') AS received_since,
+           given.bytes_sent - coalesce(before.bytes_sent, 0) AS bytes_since,
+           -- A lost one has joined with what it had then. Of an empty package, that was nothing.
+           is_whole AND (before.event_id IS NULL OR package_size_bytes = 0) AS is_download
+      FROM given
+      JOIN inserted USING (event_id)
+      LEFT JOIN before USING (event_id)
+     WHERE EXISTS (SELECT FROM export_jobs AS job WHERE job.job_id = given.job_id)
+), event AS (
+    SELECT *,
            int8multirange(int8range(0, package_size_bytes)) AS package,
            lower(requested) AS start,
            coalesce(upper(received), lower(requested)) AS known,
            exportd_reach(outcome, requested, bytes_sent) AS reach,
            row_number() OVER (PARTITION BY job_id, user_id ORDER BY number) AS turn,
-           NOT bool_and(is_whole) OVER (PARTITION BY job_id, user_id) AS is_joining
-      FROM given
-      JOIN inserted USING (event_id)
-     WHERE EXISTS (SELECT FROM export_jobs AS job WHERE job.job_id = given.job_id)
+           NOT bool_and(is_download) OVER (PARTITION BY job_id, user_id) AS is_joining
+      FROM new
 )
 """
 _JOIN_PROGRESS = """
@@ -94,16 +116,18 @@ _JOIN_PROGRESS = """
            progress.job_id IS NOT NULL AS is_known
       FROM (SELECT DISTINCT job_id, user_id FROM event WHERE is_joining) AS joining
       LEFT JOIN download_progress AS progress USING (job_id, user_id)
+), late AS (
+    SELECT event_id, turn FROM event WHERE was_lost
 ), pair AS (
     -- A resume and a delivery that broke off before it, up to a byte that it may have reached: whichever of
-    -- them is new, at the turn of the one that came in last.
+    -- them is new, at the turn of the one that came in last. What was taken for lost is that until its turn.
     SELECT resumed.job_id, resumed.user_id, resumed.turn, resumed.start, broken.known
       FROM event AS resumed
       JOIN principal USING (job_id, user_id)
      CROSS JOIN LATERAL (
         SELECT coalesce(upper(old.received), lower(old.requested)) AS known,
                exportd_reach(old.outcome, old.requested, old.bytes_sent) AS reach,
-               old.outcome, old.daemon_id, old.updated_at
+               old.event_id, old.outcome, old.daemon_id, old.updated_at
           FROM download_events AS old
          -- Whole rows are compared and sorted by, so that no other index will do.
          WHERE (old.job_id, old.user_id, old.started_at)
@@ -115,7 +139,8 @@ _JOIN_PROGRESS = """
          ORDER BY old.job_id DESC, old.user_id DESC, old.started_at DESC
          LIMIT 64
      ) AS broken
-     WHERE resumed.start > 0
+      LEFT JOIN late ON late.event_id = broken.event_id
+     WHERE resumed.start > 0 AND (late.turn IS NULL OR late.turn > resumed.turn)
        AND resumed.start > broken.known AND resumed.start <= broken.reach
        AND (broken.outcome <> 'lost'
             OR broken.daemon_id <> resumed.daemon_id AND broken.updated_at < resumed.started_at)
@@ -124,7 +149,7 @@ _JOIN_PROGRESS = """
       FROM event AS broken
       JOIN principal USING (job_id, user_id)
      CROSS JOIN LATERAL (
-        SELECT lower(old.requested) AS start, old.started_at, old.daemon_id
+        SELECT lower(old.requested) AS start, old.event_id, old.started_at, old.daemon_id
           FROM download_events AS old
          WHERE (old.job_id, old.user_id, old.started_at)
                  > (broken.job_id, broken.user_id, broken.started_at)
@@ -134,7 +159,9 @@ _JOIN_PROGRESS = """
          ORDER BY old.job_id DESC, old.user_id DESC, old.started_at DESC
          LIMIT 64
      ) AS resumed
+      LEFT JOIN late ON late.event_id = resumed.event_id
      WHERE broken.reach > broken.known AND broken.started_at > principal.completed_at
+       AND (late.turn IS NULL OR late.turn > broken.turn)
        AND resumed.start > broken.known AND resumed.start <= broken.reach
        AND (broken.outcome <> 'lost'
             OR broken.daemon_id <> resumed.daemon_id AND broken.updated_at < resumed.started_at)
@@ -154,7 +181,7 @@ _JOIN_PROGRESS = """
       ) AS nearest
      GROUP BY 1, 2, 3
 ), step AS MATERIALIZED (
-    SELECT job_id, user_id, turn, received, package, is_whole, starts, knowns
+    SELECT job_id, user_id, turn, received_since, package, is_download AS is_whole, starts, knowns
       FROM event
       LEFT JOIN gap USING (job_id, user_id, turn)
      WHERE is_joining
@@ -172,7 +199,7 @@ _JOIN_PROGRESS = """
       FROM joined
       JOIN step USING (job_id, user_id)
      CROSS JOIN LATERAL (
-        SELECT joined.received + step.received
+        SELECT joined.received + step.received_since
                  + coalesce(range_agg(int8range(gap.known, gap.start)), '{}') AS total
           FROM unnest(starts, knowns) AS gap(start, known)
          WHERE NOT is_over AND NOT joined.received @> gap.start - 1
@@ -221,7 +248,7 @@ _COUNT = """
       ) AS each
      GROUP BY job_id
 ), served AS (
-    SELECT job_id, sum(bytes_sent) AS bytes, bool_or(outcome = 'changed') AS is_suspect
+    SELECT job_id, sum(bytes_since) AS bytes, bool_or(outcome = 'changed') AS is_suspect
       FROM event
      GROUP BY job_id
 )
@@ -236,11 +263,13 @@ UPDATE export_jobs AS job
   FROM counted
   JOIN served USING (job_id)
  WHERE job.job_id = counted.job_id
+RETURNING job.job_id
 """
 
-RECORD_DOWNLOADS = _INSERT_EVENTS + _JOIN_PROGRESS + _COUNT
-# Most often there is nothing to join, and planning it would cost more than the rest.
-RECORD_WHOLE = _INSERT_EVENTS + _JOIN_NOTHING + _COUNT
+RECORD_DOWNLOADS = _GIVEN + _INSERT_EVENTS + _JOIN_PROGRESS + _COUNT
+# Most often there is nothing to join, and planning it would cost more than the rest. Does nothing where one
+# was taken for lost: that one joins.
+RECORD_WHOLE = _GIVEN + _UNLESS_LOST_BEFORE + _INSERT_EVENTS + _JOIN_NOTHING + _COUNT
 
 # A delivery under way, as far as it is. One that has ended is left alone.
 _CHECKPOINT_DOWNLOADS = """
@@ -324,8 +353,12 @@ async def record_downloads(database: Database, events: Sequence[DownloadEvent]) 
     if events:
         columns = _columns(events)
         columns["is_whole"] = [event.is_whole for event in events]
-        statement = RECORD_WHOLE if all(columns["is_whole"]) else RECORD_DOWNLOADS
-        await database.fetch_all(_LOCK_JOBS + statement, columns)
+        is_done = False
+        if all(columns["is_whole"]):
+            is_done = bool(await database.fetch_all(_LOCK_JOBS + RECORD_WHOLE, columns))
+        if not is_done:
+            # Also where all of them were written before, which costs a statement and changes nothing.
+            await database.fetch_all(_LOCK_JOBS + RECORD_DOWNLOADS, columns)
 
 
 async def checkpoint_downloads(database: Database | Session, events: Sequence[DownloadEvent]) -> None:

@@ -300,3 +300,74 @@ async def test_a_delivery_may_break_off_before_anything_of_it_is_acknowledged(
             both = [[broken, resume][number] for number in order]
             await record_downloads(database, [part(job_id, 0, 100, started_at=LONG_AGO)])
             assert (await write(database, dsn, [both] if together else [[one] for one in both]))[0] == (1,)
+
+
+@pytest.mark.parametrize("is_alone", [True, False])
+async def test_a_lost_delivery_that_ends_whole_after_all_counts_and_serves_once(
+    database: Database, dsn: str, is_alone: bool
+) -> None:
+    job_id, _ = await completed_job(database)
+    end = event(job_id, started_at=LONG_AGO)
+    await record_downloads(database, [replace(end, outcome="lost", received=((0, 400),), bytes_sent=400)])
+    others = (
+        [] if is_alone else [event(job_id), event(job_id, user_id="bob"), part(job_id, 0, 1, user_id="eve")]
+    )
+    for _ in range(2):
+        await record_downloads(database, [end, *others])
+    assert query(dsn, "SELECT download_count, bytes_served FROM export_jobs") == [
+        (1, 1000) if is_alone else (3, 3001)
+    ]
+
+
+async def test_a_lost_delivery_that_was_resumed_and_ends_after_all_joins_what_came_since(
+    database: Database, dsn: str
+) -> None:
+    job_id, _ = await completed_job(database)
+    end = event(job_id, started_at=LONG_AGO, outcome="aborted", received=((0, 450),), bytes_sent=450)
+    await record_downloads(database, [replace(end, outcome="lost", received=((0, 400),), bytes_sent=400)])
+    await record_downloads(database, [part(job_id, 400, 1000, started_at=LONG_AGO + timedelta(seconds=10))])
+    assert await count(database, job_id) == 1
+    await record_downloads(database, [end])
+    assert query(dsn, "SELECT received::text FROM download_progress") == [("{[400,450)}",)]
+    await record_downloads(database, [part(job_id, 450, 1000)])
+    assert query(dsn, "SELECT download_count, bytes_served FROM export_jobs") == [(1, 1600)]
+
+
+async def test_a_lost_delivery_that_was_resumed_and_ends_whole_after_all_is_no_second_download(
+    database: Database, dsn: str
+) -> None:
+    job_id, _ = await completed_job(database)
+    end = event(job_id, started_at=LONG_AGO)
+    await record_downloads(database, [replace(end, outcome="lost", received=((0, 400),), bytes_sent=400)])
+    await record_downloads(database, [part(job_id, 400, 1000, started_at=LONG_AGO + timedelta(seconds=10))])
+    await record_downloads(database, [end])
+    # With the next one's first bytes, it is: all of both has come.
+    assert await count(database, job_id) == 1
+    await record_downloads(database, [part(job_id, 0, 400)])
+    assert await count(database, job_id) == 2
+
+
+@pytest.mark.parametrize("is_together", [True, False])
+@pytest.mark.parametrize(("order", "expected"), [([0, 1], "{[0,450),[700,999)}"), ([1, 0], "{[0,999)}")])
+async def test_what_a_lost_delivery_was_no_longer_explains_a_resume_when_it_has_ended(
+    database: Database, dsn: str, order: list[int], expected: str, is_together: bool
+) -> None:
+    job_id, _ = await completed_job(database)
+    end = event(job_id, started_at=LONG_AGO, outcome="aborted", received=((0, 450),), bytes_sent=500)
+    await record_downloads(database, [replace(end, outcome="lost", received=((0, 400),), bytes_sent=400)])
+    query(dsn, "UPDATE download_events SET updated_at = started_at + interval '1 s'")
+    resume = part(job_id, 700, 999, started_at=LONG_AGO + timedelta(seconds=10))
+    both = [[end, resume][number] for number in order]
+    for group in [both] if is_together else [[one] for one in both]:
+        await record_downloads(database, group)
+    assert query(dsn, "SELECT received::text FROM download_progress") == [(expected,)]
+
+
+async def test_a_delivery_of_an_empty_package_that_was_taken_for_lost_counts_when_it_ends(
+    database: Database,
+) -> None:
+    job_id, _ = await completed_job(database)
+    end = event(job_id, package_size_bytes=0, requested=((0, 0),), received=(), bytes_sent=0)
+    await record_downloads(database, [replace(end, outcome="lost")])
+    await record_downloads(database, [end])
+    assert await count(database, job_id) == 1
