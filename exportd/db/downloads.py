@@ -16,9 +16,13 @@ or the daemon was killed. It says how much when it goes on: where the same princ
 begins behind what was acknowledged and not beyond what was sent (after a kill: what was asked for), it has
 what lies between, from the nearest such delivery on, unless it has the byte before that start anyway.
 
+Once the package was whole, a delivery or resume that ended before tells nothing any more. When that was is
+told by the same clock as when they ended, their daemon's: the end of the delivery that made it whole, however
+late it is recorded, or of a lost one, its record.
+
 What an event costs does not grow with the history. A resume is compared with the last 64 deliveries that
-broke off before it began, since the package was last whole, and one that broke off with the last 64 that
-resumed after it; of a principal's progress the 500 largest pieces are kept.
+broke off and began before it, and one that broke off with the last 64 that resumed after it; of a principal's
+progress the 500 largest pieces are kept.
 
 A delivery that ended because the package was written to (outcome ``changed``) marks the job as suspect: no
 download of it starts again until somebody has looked at it.
@@ -102,6 +106,7 @@ _INSERT_EVENTS = """
            lower(requested) AS start,
            coalesce(upper(received), lower(requested)) AS known,
            exportd_reach(outcome, requested, bytes_sent) AS reach,
+           started_at + make_interval(secs => duration_seconds) AS ended_at,
            row_number() OVER (PARTITION BY job_id, user_id ORDER BY number) AS turn,
            NOT bool_and(is_download) OVER (PARTITION BY job_id, user_id) AS is_joining
       FROM new
@@ -121,17 +126,18 @@ _JOIN_PROGRESS = """
 ), pair AS (
     -- A resume and a delivery that broke off before it, up to a byte that it may have reached: whichever of
     -- them is new, at the turn of the one that came in last. What was taken for lost is that until its turn.
-    SELECT resumed.job_id, resumed.user_id, resumed.turn, resumed.start, broken.known
+    SELECT resumed.job_id, resumed.user_id, resumed.turn, resumed.start, broken.known,
+           least(resumed.ended_at, broken.ended_at) AS ended_at
       FROM event AS resumed
-      JOIN principal USING (job_id, user_id)
      CROSS JOIN LATERAL (
         SELECT coalesce(upper(old.received), lower(old.requested)) AS known,
                exportd_reach(old.outcome, old.requested, old.bytes_sent) AS reach,
+               old.started_at + make_interval(secs => old.duration_seconds) AS ended_at,
                old.event_id, old.outcome, old.daemon_id, old.updated_at
           FROM download_events AS old
          -- Whole rows are compared and sorted by, so that no other index will do.
          WHERE (old.job_id, old.user_id, old.started_at)
-                 > (resumed.job_id, resumed.user_id, principal.completed_at)
+                 > (resumed.job_id, resumed.user_id, '-infinity')
            AND (old.job_id, old.user_id, old.started_at)
                  < (resumed.job_id, resumed.user_id, resumed.started_at)
            AND exportd_reach(old.outcome, old.requested, old.bytes_sent)
@@ -145,11 +151,13 @@ _JOIN_PROGRESS = """
        AND (broken.outcome <> 'lost'
             OR broken.daemon_id <> resumed.daemon_id AND broken.updated_at < resumed.started_at)
     UNION ALL
-    SELECT broken.job_id, broken.user_id, broken.turn, resumed.start, broken.known
+    SELECT broken.job_id, broken.user_id, broken.turn, resumed.start, broken.known,
+           least(resumed.ended_at, broken.ended_at)
       FROM event AS broken
-      JOIN principal USING (job_id, user_id)
      CROSS JOIN LATERAL (
-        SELECT lower(old.requested) AS start, old.event_id, old.started_at, old.daemon_id
+        SELECT lower(old.requested) AS start,
+               old.started_at + make_interval(secs => old.duration_seconds) AS ended_at,
+               old.event_id, old.started_at, old.daemon_id
           FROM download_events AS old
          WHERE (old.job_id, old.user_id, old.started_at)
                  > (broken.job_id, broken.user_id, broken.started_at)
@@ -160,56 +168,63 @@ _JOIN_PROGRESS = """
          LIMIT 64
      ) AS resumed
       LEFT JOIN late ON late.event_id = resumed.event_id
-     WHERE broken.reach > broken.known AND broken.started_at > principal.completed_at
-       AND (late.turn IS NULL OR late.turn > broken.turn)
+     WHERE broken.reach > broken.known AND (late.turn IS NULL OR late.turn > broken.turn)
        AND resumed.start > broken.known AND resumed.start <= broken.reach
        AND (broken.outcome <> 'lost'
             OR broken.daemon_id <> resumed.daemon_id AND broken.updated_at < resumed.started_at)
     UNION ALL
-    SELECT job_id, user_id, greatest(broken.turn, resumed.turn), resumed.start, broken.known
+    SELECT job_id, user_id, greatest(broken.turn, resumed.turn), resumed.start, broken.known,
+           least(resumed.ended_at, broken.ended_at)
       FROM event AS broken
       JOIN event AS resumed USING (job_id, user_id)
-      JOIN principal USING (job_id, user_id)
-     WHERE broken.started_at > principal.completed_at AND broken.started_at < resumed.started_at
+     WHERE broken.started_at < resumed.started_at
        AND resumed.start > broken.known AND resumed.start <= broken.reach
        AND (broken.outcome <> 'lost'
             OR broken.daemon_id <> resumed.daemon_id AND broken.updated_at < resumed.started_at)
 ), gap AS MATERIALIZED (
-    SELECT job_id, user_id, turn, array_agg(start) AS starts, array_agg(known) AS knowns
-      FROM (
-        SELECT job_id, user_id, turn, start, max(known) AS known FROM pair GROUP BY 1, 2, 3, 4
-      ) AS nearest
+    SELECT job_id, user_id, turn,
+           array_agg(start) AS starts, array_agg(known) AS knowns, array_agg(ended_at) AS ends
+      FROM pair
      GROUP BY 1, 2, 3
 ), step AS MATERIALIZED (
-    SELECT job_id, user_id, turn, received_since, package, is_download AS is_whole, starts, knowns
+    SELECT job_id, user_id, turn, received_since, package, is_download AS is_whole, starts, knowns, ends,
+           -- How long a lost one went on, nobody knows.
+           CASE outcome WHEN 'lost' THEN now() ELSE ended_at END AS ended_at
       FROM event
       LEFT JOIN gap USING (job_id, user_id, turn)
      WHERE is_joining
 ), joined AS (
-    -- One after the other. Once the package was whole, what began before is over: a whole delivery notes that
+    -- One after the other. Once the package was whole, what ended before is over: a whole delivery notes that
     -- where there is something to clear.
-    SELECT job_id, user_id, 0::bigint AS turn, received, 0 AS downloads, is_known, false AS is_over
+    SELECT job_id, user_id, 0::bigint AS turn, received, 0 AS downloads, is_known, completed_at
       FROM principal
     UNION ALL
     SELECT job_id, user_id, step.turn,
            CASE WHEN is_download THEN '{}' ELSE total END,
            downloads + is_download::integer,
            is_known OR NOT is_whole AND NOT isempty(total),
-           is_over OR is_download AND (is_known OR NOT is_whole)
+           CASE
+               WHEN is_download AND (is_known OR NOT is_whole) THEN greatest(completed_at, step.ended_at)
+               ELSE completed_at
+           END
       FROM joined
       JOIN step USING (job_id, user_id)
      CROSS JOIN LATERAL (
         SELECT joined.received + step.received_since
-                 + coalesce(range_agg(int8range(gap.known, gap.start)), '{}') AS total
-          FROM unnest(starts, knowns) AS gap(start, known)
-         WHERE NOT is_over AND NOT joined.received @> gap.start - 1
+                 + coalesce(range_agg(int8range(nearest.known, nearest.start)), '{}') AS total
+          FROM (
+            SELECT gap.start, max(gap.known) AS known
+              FROM unnest(starts, knowns, ends) AS gap(start, known, ended_at)
+             WHERE gap.ended_at > joined.completed_at AND NOT joined.received @> gap.start - 1
+             GROUP BY gap.start
+          ) AS nearest
      ) AS sum
      CROSS JOIN LATERAL (
         SELECT is_whole OR (total @> package AND NOT isempty(package)) AS is_download
      ) AS judged
      WHERE step.turn = joined.turn + 1
 ), result AS (
-    SELECT DISTINCT ON (job_id, user_id) job_id, user_id, received, downloads, is_over
+    SELECT DISTINCT ON (job_id, user_id) job_id, user_id, received, downloads, completed_at
       FROM joined
      ORDER BY job_id, user_id, turn DESC
 ), progressed AS (
@@ -222,10 +237,10 @@ _JOIN_PROGRESS = """
                  ORDER BY upper(part) - lower(part) DESC
                  LIMIT 500
               ) AS largest),
-           CASE WHEN is_over THEN now() ELSE completed_at END
+           result.completed_at
       FROM result
       JOIN principal USING (job_id, user_id)
-     WHERE is_over OR result.received <> principal.received
+     WHERE result.completed_at <> principal.completed_at OR result.received <> principal.received
     ON CONFLICT (job_id, user_id) DO UPDATE
        SET received = excluded.received, completed_at = excluded.completed_at, updated_at = now()
 )
@@ -236,9 +251,11 @@ _JOIN_NOTHING = """
 _COUNT = """
 , cleared AS (
     UPDATE download_progress AS progress
-       SET received = '{}', completed_at = now(), updated_at = now()
-      FROM event
-     WHERE NOT is_joining AND progress.job_id = event.job_id AND progress.user_id = event.user_id
+       SET received = '{}', completed_at = greatest(progress.completed_at, last.ended_at), updated_at = now()
+      FROM (
+        SELECT job_id, user_id, max(ended_at) AS ended_at FROM event WHERE NOT is_joining GROUP BY 1, 2
+      ) AS last
+     WHERE progress.job_id = last.job_id AND progress.user_id = last.user_id
 ), counted AS (
     SELECT job_id, sum(downloads) AS downloads
       FROM (

@@ -371,3 +371,106 @@ async def test_a_delivery_of_an_empty_package_that_was_taken_for_lost_counts_whe
     await record_downloads(database, [replace(end, outcome="lost")])
     await record_downloads(database, [end])
     assert await count(database, job_id) == 1
+
+
+def after(seconds: float) -> datetime:
+    return LONG_AGO + timedelta(seconds=seconds)
+
+
+def broken_off(job_id: uuid.UUID, began: float, seconds: float = 1, **changes: Any) -> DownloadEvent:
+    values = {"outcome": "aborted", "received": ((0, 400),), "bytes_sent": 700, **changes}
+    return event(job_id, started_at=after(began), duration_seconds=seconds, **values)
+
+
+async def record(database: Database, events: list[DownloadEvent], is_together: bool) -> None:
+    for group in [events] if is_together else [[one] for one in events]:
+        await record_downloads(database, group)
+
+
+together = pytest.mark.parametrize("is_together", [True, False])
+
+
+@together
+@pytest.mark.parametrize("is_one", [True, False])
+async def test_what_came_after_the_package_was_whole_counts_however_late_it_is_recorded(
+    database: Database, is_one: bool, is_together: bool
+) -> None:
+    """The database was away for an hour, or the daemon's clock is behind by one."""
+    job_id, _ = await completed_job(database)
+    second = event(job_id, started_at=after(10)) if is_one else part(job_id, 500, 1000, started_at=after(10))
+    events = [part(job_id, 0, 500, started_at=after(0)), second, broken_off(job_id, 20)]
+    await record(database, [*events, part(job_id, 600, 1000, started_at=after(30))], is_together)
+    assert await count(database, job_id) == 2
+
+
+@together
+async def test_a_whole_delivery_alone_is_noted_with_its_own_end(
+    database: Database, dsn: str, is_together: bool
+) -> None:
+    job_id, _ = await completed_job(database)
+    await record_downloads(database, [part(job_id, 0, 500, started_at=after(0))])
+    whole = [event(job_id, started_at=after(began), duration_seconds=1) for began in (10, 30, 20)]
+    await record(database, whole, is_together)
+    assert query(dsn, "SELECT completed_at FROM download_progress") == [(after(31),)]
+
+
+@together
+async def test_a_delivery_that_ran_on_when_the_package_was_whole_is_not_over(
+    database: Database, is_together: bool
+) -> None:
+    job_id, _ = await completed_job(database)
+    first = [part(job_id, 0, 500, started_at=after(0)), part(job_id, 500, 1000, started_at=after(10))]
+    both = [event(job_id, started_at=after(20), duration_seconds=5), broken_off(job_id, 20, 10)]
+    resume = part(job_id, 600, 1000, started_at=after(40))
+    await record(database, [*first, *both, resume], is_together)
+    assert await count(database, job_id) == 3
+
+
+@together
+@pytest.mark.parametrize("is_replayed", [True, False])
+async def test_what_ended_before_the_package_was_whole_is_over(
+    database: Database, dsn: str, is_replayed: bool, is_together: bool
+) -> None:
+    job_id, _ = await completed_job(database)
+    events = [broken_off(job_id, 40), part(job_id, 400, 1000, started_at=after(50))]
+    if is_replayed:
+        # Another daemon's record of an earlier download comes in late.
+        events += [part(job_id, 0, 500, started_at=after(0)), part(job_id, 500, 1000, started_at=after(10))]
+    await record(database, [*events, part(job_id, 600, 1000, started_at=after(60))], is_together)
+    assert query(dsn, "SELECT received::text FROM download_progress") == [("{[600,1000)}",)]
+
+
+@together
+async def test_a_resume_that_was_counted_explains_no_delivery_that_breaks_off_later(
+    database: Database, dsn: str, is_together: bool
+) -> None:
+    """The connection hung; the client went on in two others meanwhile."""
+    job_id, _ = await completed_job(database)
+    hung = broken_off(job_id, 0, 60)
+    others = [part(job_id, start, start + 500, started_at=after(10)) for start in (0, 500)]
+    await record(database, [*others, hung], is_together)
+    assert query(dsn, "SELECT received::text FROM download_progress") == [("{[0,400)}",)]
+
+
+@together
+async def test_a_resume_goes_on_from_the_nearest_that_is_not_over(
+    database: Database, dsn: str, is_together: bool
+) -> None:
+    job_id, _ = await completed_job(database)
+    near = broken_off(job_id, 10, received=((0, 500),))
+    whole = part(job_id, 500, 1000, started_at=after(20))
+    far = broken_off(job_id, 0, 60, received=((0, 300),))
+    resume = part(job_id, 600, 999, started_at=after(70))
+    await record(database, [near, whole, far, resume], is_together)
+    assert query(dsn, "SELECT received::text FROM download_progress") == [("{[0,999)}",)]
+
+
+async def test_a_lost_delivery_that_makes_the_package_whole_does_so_when_it_is_recorded(
+    database: Database, dsn: str
+) -> None:
+    """Its client went on long ago, and has the whole: it does not count as one that may resume."""
+    job_id, _ = await completed_job(database)
+    await record_downloads(database, [part(job_id, 400, 1000, started_at=after(10))])
+    await record_downloads(database, [lost(job_id, 0, 400, 1000, started_at=after(0))])
+    assert await count(database, job_id) == 1
+    assert query(dsn, "SELECT exportd_unfinished_downloads(%s)", (job_id,)) == []
