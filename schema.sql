@@ -137,7 +137,7 @@ CREATE FUNCTION exportd_reach(outcome text, requested int8multirange, bytes_sent
     AS $$
     SELECT CASE
                WHEN requested <> int8multirange(int8range(lower(requested), upper(requested))) THEN NULL
-               WHEN outcome = 'aborted' THEN lower(requested) + bytes_sent
+               WHEN outcome IN ('aborted', 'failed') THEN lower(requested) + bytes_sent
                WHEN outcome = 'lost' THEN upper(requested) - 1
            END
 $$;

@@ -474,3 +474,13 @@ async def test_a_lost_delivery_that_makes_the_package_whole_does_so_when_it_is_r
     await record_downloads(database, [lost(job_id, 0, 400, 1000, started_at=after(0))])
     assert await count(database, job_id) == 1
     assert query(dsn, "SELECT exportd_unfinished_downloads(%s)", (job_id,)) == []
+
+
+@together
+async def test_a_delivery_that_failed_after_bytes_were_sent_may_be_resumed_like_one_that_was_aborted(
+    database: Database, is_together: bool
+) -> None:
+    job_id, _ = await completed_job(database)
+    resume = part(job_id, 600, 1000, started_at=after(10))
+    await record(database, [broken_off(job_id, 0, outcome="failed"), resume], is_together)
+    assert await count(database, job_id) == 1

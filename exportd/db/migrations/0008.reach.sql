@@ -8,7 +8,7 @@ CREATE OR REPLACE FUNCTION exportd_reach(outcome text, requested int8multirange,
     AS $$
     SELECT CASE
                WHEN requested <> int8multirange(int8range(lower(requested), upper(requested))) THEN NULL
-               WHEN outcome = 'aborted' THEN lower(requested) + bytes_sent
+               WHEN outcome IN ('aborted', 'failed') THEN lower(requested) + bytes_sent
                WHEN outcome = 'lost' THEN upper(requested) - 1
            END
 $$;
