@@ -338,7 +338,7 @@ _PRUNED_AT_ONCE = 5000
 
 LARGEST_GROUP = 500
 # What one principal's partial deliveries may have of it: each is compared with each.
-_LARGEST_SHARE = 100
+_LARGEST_SHARE = 50
 
 
 def one_statement() -> Callable[[DownloadEvent], bool]:

@@ -123,16 +123,16 @@ async def test_a_resume_counts_from_its_own_turn_on(database: Database, dsn: str
 async def test_hundreds_of_one_principals_broken_connections_are_a_few_statements() -> None:
     job_id = uuid.uuid4()
     dropped = [part(job_id, number, number + 1, outcome="aborted") for number in range(600)]
-    assert [len(group) for group in groups(dropped)] == [100] * 6
+    assert [len(group) for group in groups(dropped)] == [50] * 12
     others = [part(uuid.uuid4(), 0, 1) for _ in range(300)]
-    assert [len(group) for group in groups([*dropped, *others])] == [400, *[100] * 5]
+    assert [len(group) for group in groups([*dropped, *others])] == [350, *[50] * 11]
 
 
 async def test_whoever_has_an_event_that_waits_is_not_overtaken_by_a_later_one() -> None:
     job_id = uuid.uuid4()
-    events = [part(job_id, number, number + 1) for number in range(101)]
+    events = [part(job_id, number, number + 1) for number in range(51)]
     last = event(job_id)
-    assert [group[-1] for group in groups([*events, last])] == [events[99], last]
+    assert [group[-1] for group in groups([*events, last])] == [events[49], last]
 
 
 @pytest.fixture

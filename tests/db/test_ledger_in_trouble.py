@@ -174,7 +174,7 @@ async def test_hundreds_of_lost_deliveries_are_recorded_by_few_statements(
     await dead.append([replace(event, outcome="running") for event in left])
     fcntl.flock(dead._descriptor, fcntl.LOCK_UN)
     ledger = await open_ledger(database, tmp_path / "ledger")
-    assert query(dsn, "SELECT count(*), count(DISTINCT xmin::text) FROM download_events") == [(400, 4)]
+    assert query(dsn, "SELECT count(*), count(DISTINCT xmin::text) FROM download_events") == [(400, 8)]
     assert query(dsn, "SELECT received::text FROM download_progress") == [("{[0,400)}",)]
     await ledger.close()
     os.close(dead._descriptor)
