@@ -85,8 +85,9 @@ async def test_a_job_is_followed_from_waiting_to_downloaded(start: Start, jobs: 
         )
         async with client.get(package.url, headers=ANN) as response:
             await response.read()
-        state = (await stream.next())[1]
-        assert (state["downloadCount"], state["downloads"]) == (1, [])
+        while not state["downloadCount"] or state["downloads"]:
+            state = (await stream.next())[1]
+        assert state["downloadCount"] == 1
         query(jobs.dsn, "DELETE FROM export_jobs")
         await stream.ended()
     await until_idle(client)
@@ -144,9 +145,10 @@ async def test_a_download_is_told_to_the_byte_while_it_runs_and_what_came_of_it(
             assert (await other.next())[1]["bytesReceived"] == 20_000_000
         async with client.get(package.url, headers={**ANN, "Range": "bytes=20000000-"}) as response:
             await response.read()
-        while not state["downloadCount"]:
+        # One that ends while the hub looks may seem to run for a moment longer.
+        while not state["downloadCount"] or state["downloads"]:
             state = (await stream.next())[1]
-        assert (state["bytesReceived"], state["downloads"]) == (0, [])
+        assert (state["bytesReceived"], state["downloadCount"]) == (0, 1)
     async with watching(client, package, bearer("root", "admin")) as stream:
         assert (await stream.next())[1]["bytesReceived"] == 0
 
