@@ -127,7 +127,8 @@ class DownloadLedger:
     def record(self, event: DownloadEvent) -> asyncio.Future[None]:
         """Done once the event is durable, in the database or in the spool. Idempotent by the event's id.
 
-        Fails with OSError where neither takes it: it is then kept in memory, and tried again.
+        Fails with what the spool met, most often OSError, where neither takes it: it is then kept in memory,
+        and tried again.
         """
         recording = self._gatherer.submit(event)
         _add(self._recording, event.job_id, recording)
