@@ -1,8 +1,10 @@
-# make demo     publish a sample package and serve it
-# make test     the tests, with coverage
-# make lint     formatting, lint, types, import layers
+# make demo       publish a sample package and serve it
+# make test       the tests that find mistakes quickly; ARGS go to pytest
+# make test-slow  the others: browsers, schemathesis, long measurements, large packages, the wheel
+# make cover      both, with branch coverage
+# make lint       formatting, lint, types, import layers
 # make screenshots  the README's pictures of the page (needs chromium)
-# make bench    exportd beside its peers; ARGS=--quick, ARGS=soak
+# make bench      exportd beside its peers; ARGS=--quick, ARGS=soak
 #
 # Needs Python 3.11 or newer; everything else goes into .venv.
 
@@ -10,41 +12,55 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 4
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+MAKEFLAGS += --no-print-directory
 # The tests start exportd hundreds of times: its modules are compiled once.
 export PYTHONDONTWRITEBYTECODE :=
+# The stamps of an installation. They name the content of pyproject.toml, so that a change of branch and back
+# installs nothing.
+CONTENT := $(shell cksum < pyproject.toml | cut -d ' ' -f 1)
+INSTALLED := $(VENV)/installed-$(CONTENT)
+INSTALLED_DEV := $(VENV)/installed-dev-$(CONTENT)
 
-.PHONY: demo test lint screenshots bench clean
+.PHONY: demo test test-slow cover lint screenshots bench clean
 
-demo: $(VENV)/installed
+demo: $(INSTALLED)
 	$(BIN)/exportd demo
 
-test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --cov --cov-report=term $(ARGS)
+test: $(INSTALLED_DEV)
+	$(PYTEST) -m "not slow" $(ARGS)
 
-lint: $(VENV)/installed-dev
+test-slow: $(INSTALLED_DEV)
+	$(PYTEST) -m slow $(ARGS)
+
+cover:
+	$(MAKE) test ARGS="--cov --cov-report= --cov-fail-under=0"
+	$(MAKE) test-slow ARGS="--cov --cov-append --cov-report=term"
+
+lint: $(INSTALLED_DEV)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q -p no:randomly tests/test_layers.py
 
-screenshots: $(VENV)/installed-dev
+screenshots: $(INSTALLED_DEV)
 	$(BIN)/python -m pytest -q tests/page/screenshots.py
 
-bench: $(VENV)/installed-dev
+bench: $(INSTALLED_DEV)
 	$(BIN)/python -m benchmarks $(ARGS)
 
-$(VENV)/bin/python:
+$(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "exportd needs Python 3.11 or newer; name one with make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/installed: pyproject.toml | $(VENV)/bin/python
+$(INSTALLED): | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
 	@touch $@
 
-$(VENV)/installed-dev: pyproject.toml | $(VENV)/bin/python
+$(INSTALLED_DEV): | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
-	@touch $(VENV)/installed $@
+	@touch $(INSTALLED) $@
 
 clean:
 	rm -rf $(VENV) dist .coverage* .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,3 +1,4 @@
+import signal
 from asyncio import AbstractEventLoop
 from collections.abc import Callable, Mapping
 
@@ -11,6 +12,12 @@ def pytest_asyncio_loop_factories() -> Mapping[str, Callable[[], AbstractEventLo
     """Tests run on the loop that the daemon runs on: its transports differ from asyncio's."""
     return {"uvloop": uvloop.new_event_loop}
 
+
+# Under nohup, or in the background of a shell, the tests inherit SIGHUP or SIGINT ignored, and so would every
+# process that they start. A handler is not inherited: those processes start with the default dispositions.
+for _number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, lambda *_: None)
 
 # rich would take up to a minute to draw a ledger's local variables.
 structlog.configure(

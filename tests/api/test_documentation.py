@@ -378,6 +378,7 @@ async def test_what_the_edge_answers_is_documented(start: Start, jobs: Jobs, doc
     assert await check(client, document, "GET", "/healthz", {}, 200) is None
 
 
+@pytest.mark.fresh_database
 async def test_what_an_outage_answers_is_documented(
     start: Start, jobs: Jobs, document: Document, monkeypatch: pytest.MonkeyPatch
 ) -> None:

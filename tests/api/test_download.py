@@ -308,6 +308,7 @@ async def test_500_for_a_path_that_leaves_the_storage(client: Client, jobs: Jobs
     assert (status, body["code"]) == (500, "STORAGE_ERROR")
 
 
+@pytest.mark.fresh_database
 async def test_500_for_what_nobody_foresaw_is_logged_and_tells_nothing(
     client: Client, jobs: Jobs, dsn: str
 ) -> None:
@@ -320,6 +321,7 @@ async def test_500_for_what_nobody_foresaw_is_logged_and_tells_nothing(
     assert logs[-1]["exc_info"]
 
 
+@pytest.mark.fresh_database
 async def test_503_while_the_database_is_away_and_back_again(
     client: Client, jobs: Jobs, dsn: str, server_dsn: str
 ) -> None:

@@ -240,6 +240,7 @@ async def test_of_many_who_ask_at_once_one_makes_the_job(start: Start, jobs: Job
     assert len({body["jobId"] for _, body, _ in answers}) == 1
 
 
+@pytest.mark.fresh_database
 async def test_an_applications_table_that_refuses_the_row_is_told_so(start: Start, jobs: Jobs) -> None:
     client = await start()
     package = jobs.add(package_expires_at=LONG_AGO)

@@ -239,6 +239,7 @@ async def test_the_table_is_read_once_a_minute(
     assert (await scrape(client))['exportd_packages{state="available"}'] == 2
 
 
+@pytest.mark.fresh_database
 async def test_without_the_database_the_rest_is_told(
     client: Client, jobs: Jobs, dsn: str, server_dsn: str
 ) -> None:

@@ -183,6 +183,7 @@ def rows_read(dsn: str, events: list[DownloadEvent]) -> float:
     return found
 
 
+@pytest.mark.fresh_database
 async def test_a_record_looks_at_few_rows_whatever_the_principal_did_before(
     history: uuid.UUID, dsn: str
 ) -> None:
@@ -202,6 +203,7 @@ async def test_a_record_looks_at_few_rows_whatever_the_principal_did_before(
     assert rows_read(dsn, [event(history, package_size_bytes=100_000)]) == 0
 
 
+@pytest.mark.fresh_database
 async def test_of_progress_in_thousands_of_pieces_the_largest_are_kept(
     history: uuid.UUID, database: Database, dsn: str
 ) -> None:

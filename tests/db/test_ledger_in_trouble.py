@@ -223,6 +223,7 @@ async def test_one_among_hundreds_that_is_refused_costs_few_statements(
     ],
     ids=["a table is missing", "a trigger objects", "read-only"],
 )
+@pytest.mark.fresh_database
 async def test_a_database_that_refuses_for_a_while_costs_no_count(
     database: Database, ledger: DownloadLedger, dsn: str, go_wrong: str, be_right_again: str
 ) -> None:

@@ -77,6 +77,7 @@ def test_status_tells_what_is_applied(empty_dsn: str) -> None:
     assert status() == [(name, name != EIGHTH) for name in ALL]
 
 
+@pytest.mark.fresh_database
 def test_down_on_an_empty_schema_leaves_nothing(dsn: str) -> None:
     assert migrate_down(dsn) == EIGHTH
     assert migrate_down(dsn) == SEVENTH
@@ -97,6 +98,7 @@ def test_down_on_an_empty_schema_leaves_nothing(dsn: str) -> None:
     assert migrate_down(dsn) is None
 
 
+@pytest.mark.fresh_database
 def test_down_and_up_again_keeps_every_job(dsn: str) -> None:
     before = dump(dsn)
     query(

@@ -57,6 +57,7 @@ async def test_connections_that_died_are_replaced(database: Database, dsn: str) 
         assert await database.fetch_one("SELECT 1") == (1,)
 
 
+@pytest.mark.fresh_database
 async def test_a_statement_whose_connection_dies_under_it_is_sent_again(database: Database, dsn: str) -> None:
     query(dsn, "CREATE TABLE gate ()")
     with psycopg2.connect(dsn) as blocker:
@@ -71,6 +72,7 @@ async def test_a_statement_whose_connection_dies_under_it_is_sent_again(database
     assert await waiting == [("through",)]
 
 
+@pytest.mark.fresh_database
 async def test_a_database_that_refuses_is_unavailable_and_comes_back(
     database: Database, dsn: str, server_dsn: str
 ) -> None:
@@ -146,6 +148,7 @@ async def test_closing_does_not_wait_for_a_statement_that_never_ends(
     await asyncio.gather(stuck, return_exceptions=True)
 
 
+@pytest.mark.fresh_database
 async def test_a_transaction_is_done_whole_or_not_at_all(database: Database, dsn: str) -> None:
     query(dsn, "CREATE TABLE gate (n integer)")
     async with database.session() as session:
@@ -160,6 +163,7 @@ async def test_a_transaction_is_done_whole_or_not_at_all(database: Database, dsn
         assert await session.fetch_one("SELECT count(*) FROM gate") == (1,)
 
 
+@pytest.mark.fresh_database
 async def test_a_refused_statement_takes_its_transaction_back_and_the_session_goes_on(
     database: Database, dsn: str
 ) -> None:
@@ -196,6 +200,7 @@ async def test_a_session_begins_on_a_living_connection(database: Database, dsn: 
         assert await session.fetch_one("SELECT 7") == (7,)
 
 
+@pytest.mark.fresh_database
 async def test_a_session_whose_connection_dies_is_unavailable_and_repeats_nothing(
     database: Database, dsn: str
 ) -> None:

@@ -277,6 +277,7 @@ async def test_a_defect_while_sending_closes_the_connection_and_sends_no_second_
     assert [entry["event"] for entry in logs if entry["log_level"] == "error"] == ["request_failed"]
 
 
+@pytest.mark.fresh_database
 async def test_a_record_that_fails_sends_no_second_answer(client: Client, jobs: Jobs) -> None:
     package = jobs.add(noise(5000))
     query(jobs.dsn, "DROP TABLE download_events")

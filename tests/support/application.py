@@ -103,9 +103,9 @@ Start = Callable[..., Awaitable[TestClient[Any, Any]]]
 
 @pytest.fixture
 async def start(
-    aiohttp_client: Callable[..., Awaitable[TestClient[Any, Any]]], dsn: str, storage: Path
+    dsn: str, storage: Path, aiohttp_client: Callable[..., Awaitable[TestClient[Any, Any]]]
 ) -> Start:
-    """Starts the application; ``sections`` change its settings."""
+    """Starts the application; ``sections`` change its settings. It ends before its database is emptied."""
 
     async def start(**sections: dict[str, object]) -> TestClient[Any, Any]:
         if "retention" not in sections:

@@ -1,4 +1,4 @@
-"""A real PostgreSQL for the whole run, and a database of its own for each test, cloned from a template."""
+"""A real PostgreSQL for the whole run, and a database for each worker, emptied after each test."""
 
 import fcntl
 import os
@@ -19,6 +19,32 @@ from exportd.db.migrate import migrate_up
 from exportd.db.pool import Database, open_database
 
 _TEMPLATE = "exportd_template"
+
+_TERMINATE_OTHERS = """
+SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity
+ WHERE datname = current_database() AND pid <> pg_backend_pid()
+"""
+_LIST_TABLES = """
+SELECT quote_ident(relname) FROM pg_class
+ WHERE relnamespace = 'public'::regnamespace AND relkind = 'r' AND relname NOT LIKE 'exportd\\_migration%'
+"""
+# Whatever a test could change that DELETE does not undo: tables, columns, constraints, triggers, functions,
+# and the settings of the database.
+_DESCRIBE_SCHEMA = """
+SELECT 'column', attrelid::regclass::text,
+       attname || ' ' || atttypid::regtype || ' ' || attnotnull || atthasdef
+  FROM pg_attribute
+ WHERE attrelid IN (SELECT oid FROM pg_class WHERE relnamespace = 'public'::regnamespace)
+   AND NOT attisdropped
+UNION ALL SELECT 'constraint', conrelid::regclass::text, conname FROM pg_constraint
+ WHERE connamespace = 'public'::regnamespace
+UNION ALL SELECT 'trigger', tgrelid::regclass::text, tgname || tgenabled::text FROM pg_trigger
+UNION ALL SELECT 'function', oid::regprocedure::text, md5(prosrc) FROM pg_proc
+ WHERE pronamespace = 'public'::regnamespace
+UNION ALL SELECT 'setting', setrole::text, setconfig::text FROM pg_db_role_setting
+UNION ALL SELECT 'database', datname, datallowconn::text FROM pg_database WHERE datname = current_database()
+ ORDER BY 1, 2, 3
+"""
 
 
 @pytest.fixture(scope="session")
@@ -41,10 +67,57 @@ def empty_dsn(server_dsn: str) -> Iterator[str]:
 
 
 @pytest.fixture
-def dsn(server_dsn: str) -> Iterator[str]:
-    """A migrated database."""
+def dsn(request: pytest.FixtureRequest) -> str:
+    """A migrated database without rows. A test that changes its schema or settings is marked
+    ``fresh_database`` and gets one of its own."""
+    is_fresh = request.node.get_closest_marker("fresh_database")
+    name: str = request.getfixturevalue("_fresh_dsn" if is_fresh else "_emptied_dsn")
+    return name
+
+
+@pytest.fixture
+def _fresh_dsn(server_dsn: str) -> Iterator[str]:
     with migrated_database(server_dsn) as dsn:
         yield dsn
+
+
+class _WorkerDatabase:
+    """The database that the tests of one worker use one after the other."""
+
+    def __init__(self, server_dsn: str) -> None:
+        self._server_dsn = server_dsn
+        self._create()
+
+    def _create(self) -> None:
+        self.dsn = database_dsn(self._server_dsn, _create_database(self._server_dsn, _TEMPLATE))
+        with _admin(self.dsn) as cursor:
+            self._schema = _fetch(cursor, _DESCRIBE_SCHEMA)
+            self._empty = ";".join(f"DELETE FROM {table}" for (table,) in _fetch(cursor, _LIST_TABLES))
+
+    def empty(self) -> None:
+        """Ends what the test left running and deletes every row. Fails where the test changed more."""
+        try:
+            with _admin(self.dsn) as cursor:
+                cursor.execute(_TERMINATE_OTHERS)
+                changed = set(self._schema) ^ set(_fetch(cursor, _DESCRIBE_SCHEMA))
+                if not changed:
+                    cursor.execute(self._empty)
+        except psycopg2.OperationalError as error:
+            changed = {("database", str(error), "")}
+        if changed:
+            self._create()
+            pytest.fail(f"the test changed the shared database; mark it fresh_database: {sorted(changed)}")
+
+
+@pytest.fixture(scope="session")
+def _worker_database(server_dsn: str) -> _WorkerDatabase:
+    return _WorkerDatabase(server_dsn)
+
+
+@pytest.fixture
+def _emptied_dsn(_worker_database: _WorkerDatabase) -> Iterator[str]:
+    yield _worker_database.dsn
+    _worker_database.empty()
 
 
 def migrated_database(server_dsn: str) -> AbstractContextManager[str]:
@@ -59,7 +132,6 @@ def _make_template(dsn: str) -> None:
             return
         # The tests' data may be lost in a crash of the machine.
         cursor.execute("ALTER SYSTEM SET fsync = off")
-        cursor.execute("ALTER SYSTEM SET max_connections = 300")
         cursor.execute("SELECT pg_reload_conf()")
         cursor.execute(f"CREATE DATABASE {_TEMPLATE}_draft TEMPLATE template0")
     migrate_up(database_dsn(dsn, f"{_TEMPLATE}_draft"))
@@ -67,14 +139,24 @@ def _make_template(dsn: str) -> None:
         cursor.execute(f"ALTER DATABASE {_TEMPLATE}_draft RENAME TO {_TEMPLATE}")
 
 
-@contextmanager
-def _database(server_dsn: str, template: str) -> Iterator[str]:
+def _create_database(server_dsn: str, template: str) -> str:
     name = f"test_{uuid.uuid4().hex}"
     with _admin(server_dsn) as cursor:
         cursor.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
+    return name
+
+
+@contextmanager
+def _database(server_dsn: str, template: str) -> Iterator[str]:
+    name = _create_database(server_dsn, template)
     yield database_dsn(server_dsn, name)
     with _admin(server_dsn) as cursor:
         cursor.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+def _fetch(cursor: psycopg2.extensions.cursor, statement: str) -> list[tuple]:
+    cursor.execute(statement)
+    return cursor.fetchall()
 
 
 def database_dsn(server_dsn: str, name: str) -> str:
