@@ -1,5 +1,5 @@
 """``python -m exportd`` is the ``exportd`` command."""
 
-from exportd.cli import main
+from exportd.cli.main import main
 
 main()

@@ -34,8 +34,7 @@ from exportd.api.middleware import ALLOWED_HOSTS, LIFECYCLE, METRICS, edge, expe
 from exportd.api.page import PAGE_FILES, load_page, show_page, show_page_file
 from exportd.api.statistics import download_statistics
 from exportd.auth.jwks import RemoteKeys
-from exportd.auth.keys import load_public_key, secret_key
-from exportd.auth.tokens import Claims, Tokens, load_or_make_secret
+from exportd.auth.tokens import make_tokens
 from exportd.db.expiry import last_cleanup
 from exportd.db.jobs import JobFinder
 from exportd.db.ledger import open_ledger
@@ -69,7 +68,7 @@ def make_app(settings: Settings, dsn: str, shared: SharedMemory | None = None) -
     noted = app[METRICS] = Metrics(FAILURE_REASONS, METHODS)
     auth = settings.auth
     remote = RemoteKeys(auth.jwks_url, auth.jwks_refresh_seconds) if auth.jwks_url else None
-    app[TOKENS] = make_tokens(settings, remote)
+    app[TOKENS] = make_tokens(settings.auth, settings.data_dir, remote)
     shared = shared or make_shared_memory(1)
     board = Board(shared)
     total_rate = settings.download.total_rate_bytes_per_second
@@ -166,32 +165,6 @@ def make_app(settings: Settings, dsn: str, shared: SharedMemory | None = None) -
     )
     app[API_DOCS] = load_api_docs(app.router)
     return app
-
-
-def make_tokens(settings: Settings, remote: RemoteKeys | None = None) -> Tokens:
-    """Signs and verifies with the configured keys, or else with the data folder's own secret.
-
-    Raises OSError and UnusableKey.
-    """
-    auth = settings.auth
-    secret = auth.secret.get_secret_value() if auth.secret else None
-    return Tokens(
-        Claims(
-            user=auth.user_claim,
-            role=auth.role_claim,
-            admin_role=auth.admin_role,
-            issuer=auth.issuer,
-            audience=auth.audience,
-            leeway_seconds=auth.leeway_seconds,
-        ),
-        auth.algorithms,
-        secret=load_or_make_secret(settings.data_dir) if auth.makes_own_secret else secret,
-        keys=[
-            *(secret_key(former.get_secret_value()) for former in auth.former_secrets),
-            *(load_public_key(path) for path in auth.public_key_files),
-        ],
-        remote=remote,
-    )
 
 
 def make_cleanup(

@@ -25,6 +25,7 @@ from gunicorn.glogging import Logger
 
 from exportd.api.connection import ConnectionLimits, ConnectionServer
 from exportd.api.middleware import LIFECYCLE
+from exportd.errors import OperatorError
 from exportd.telemetry.metrics import forget_dead_processes, shared_metrics
 
 log = structlog.get_logger()
@@ -46,7 +47,7 @@ _FIRST_RESTART_SECONDS = 1.0
 _LONGEST_RESTART_SECONDS = 60.0
 
 
-class ServerError(Exception):
+class ServerError(OperatorError):
     """The server cannot start. The message is for the operator."""
 
 

@@ -29,16 +29,22 @@ from pydantic import (
     model_validator,
 )
 
+from exportd.errors import OperatorError
+
 ENVIRONMENT_PREFIX = "EXPORTD_"
 MINIMUM_SECRET_BYTES = 32
 
 
-class SettingsError(Exception):
+class SettingsError(OperatorError):
     """The configuration cannot be used. ``problems`` holds one line for each key."""
 
     def __init__(self, problems: list[str]) -> None:
         super().__init__("; ".join(problems))
-        self.problems = problems
+        self._problems = problems
+
+    @property
+    def problems(self) -> list[str]:
+        return self._problems
 
 
 def _check_base_path(value: str) -> str:

@@ -13,7 +13,8 @@ import orjson
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
-from cryptography.x509 import load_pem_x509_certificate
+
+from exportd.errors import OperatorError
 
 _RSA_ALGORITHMS = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512")
 _EC_ALGORITHMS = {"secp256r1": "ES256", "secp384r1": "ES384", "secp521r1": "ES512"}
@@ -24,7 +25,7 @@ _LEAST_RSA_BITS = 2048
 _MOST_RSA_BITS = 16384
 
 
-class UnusableKey(Exception):
+class UnusableKey(OperatorError):
     """The key cannot be used. The message says why, and nothing of the key."""
 
 
@@ -52,6 +53,8 @@ def load_public_key(path: Path) -> VerificationKey:
         raise UnusableKey(f"{path}: a private key; exportd needs the public one alone")
     try:
         if b"-----BEGIN CERTIFICATE-----" in content:
+            from cryptography.x509 import load_pem_x509_certificate
+
             key: object = load_pem_x509_certificate(content).public_key()
         else:
             key = load_pem_public_key(content)

@@ -1,18 +1,25 @@
 """Bearer tokens: a JWT becomes a principal, and back."""
 
+from __future__ import annotations
+
 import os
 import secrets
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jwt
 
-from exportd.auth.jwks import RemoteKeys
-from exportd.auth.keys import HMAC_ALGORITHMS, VerificationKey, secret_key
+from exportd.auth.keys import HMAC_ALGORITHMS, VerificationKey, load_public_key, secret_key
 from exportd.auth.principal import Principal
+from exportd.errors import OperatorError
+
+if TYPE_CHECKING:
+    # `exportd token` needs no HTTP client, which takes long to import.
+    from exportd.auth.jwks import RemoteKeys
+    from exportd.settings import AuthSettings
 
 _SIGNING_ALGORITHM = "HS256"
 _SECRET_BYTES = 32
@@ -31,7 +38,7 @@ class KeysUnavailable(Exception):
     """The token may be good: the identity provider, whose keys would tell, does not answer."""
 
 
-class CannotSign(Exception):
+class CannotSign(OperatorError):
     """There is no secret to sign with."""
 
 
@@ -215,6 +222,31 @@ def _is_storable(user_id: str) -> bool:
     except UnicodeEncodeError:
         return False
     return 0 < len(user_id) <= _LONGEST_USER_ID and "\0" not in user_id
+
+
+def make_tokens(settings: AuthSettings, data_dir: Path, remote: RemoteKeys | None = None) -> Tokens:
+    """Signs and verifies with the configured keys, or else with the data folder's own secret.
+
+    Raises OSError and UnusableKey.
+    """
+    secret = settings.secret.get_secret_value() if settings.secret else None
+    return Tokens(
+        Claims(
+            user=settings.user_claim,
+            role=settings.role_claim,
+            admin_role=settings.admin_role,
+            issuer=settings.issuer,
+            audience=settings.audience,
+            leeway_seconds=settings.leeway_seconds,
+        ),
+        settings.algorithms,
+        secret=load_or_make_secret(data_dir) if settings.makes_own_secret else secret,
+        keys=[
+            *(secret_key(former.get_secret_value()) for former in settings.former_secrets),
+            *(load_public_key(path) for path in settings.public_key_files),
+        ],
+        remote=remote,
+    )
 
 
 def load_or_make_secret(data_dir: Path) -> str:

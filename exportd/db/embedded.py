@@ -17,11 +17,13 @@ from pathlib import Path
 
 import psutil
 
+from exportd.errors import OperatorError
+
 # The longest path a Unix socket may have, less the terminating NUL (unix(7)).
 _LONGEST_SOCKET_PATH = 107
 
 
-class EmbeddedServerError(Exception):
+class EmbeddedServerError(OperatorError):
     """The embedded PostgreSQL cannot run here."""
 
 

@@ -15,6 +15,8 @@ import yoyo
 from yoyo.backends.core.postgresql import PostgresqlBackend
 from yoyo.connections import DatabaseURI
 
+from exportd.errors import OperatorError
+
 MINIMUM_SERVER_VERSION = 140000
 _TABLE = "exportd_migrations"
 _FOLDER = Path(__file__).parent / "migrations"
@@ -32,7 +34,7 @@ _TRANSIENT = (
 )
 
 
-class MigrationError(Exception):
+class MigrationError(OperatorError):
     """The schema cannot be brought where it should be; the message is for the operator."""
 
 

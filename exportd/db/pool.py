@@ -16,6 +16,8 @@ import aiopg
 import psycopg2
 import structlog
 
+from exportd.errors import OperatorError
+
 log = structlog.get_logger()
 
 Parameters = Mapping[str, object] | Sequence[object]
@@ -27,11 +29,11 @@ _SERVER_GRACE_SECONDS = 1.0
 _CLOSING_SECONDS = 5.0
 
 
-class DatabaseUnavailable(Exception):
+class DatabaseUnavailable(OperatorError):
     """The database cannot be reached, or took too long."""
 
 
-class DatabaseRefused(Exception):
+class DatabaseRefused(OperatorError):
     """The database answers and refuses a statement, or holds what cannot be read, until somebody changes it:
     it may be read-only for a while, or lack a table or a right."""
 

@@ -33,6 +33,7 @@ from exportd.db.expiry import (
 )
 from exportd.db.links import prune_links
 from exportd.db.pool import Database, DatabaseRefused, DatabaseUnavailable, Session
+from exportd.errors import OperatorError
 from exportd.packages.store import PackageMissing, PackageStore, PackageUnusable
 
 log = structlog.get_logger()
@@ -48,7 +49,7 @@ _CLOCK_TOLERANCE = timedelta(seconds=5)
 _MOST_NAMES = 100
 
 
-class CleanupRefused(Exception):
+class CleanupRefused(OperatorError):
     """The cleanup will not run. The message says why, for the operator."""
 
 

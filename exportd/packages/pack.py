@@ -20,6 +20,8 @@ from uuid import UUID
 
 from isal import igzip_threaded, isal_zlib
 
+from exportd.errors import OperatorError
+
 _INCOMING = ".incoming"
 _COPY_BYTES = 1024 * 1024
 _COMPRESSION_THREADS = 2
@@ -27,7 +29,7 @@ _COMPRESSION_THREADS = 2
 Progress = Callable[[int], None]
 
 
-class PackError(Exception):
+class PackError(OperatorError):
     """The package could not be made, and nothing of it is left. The message is for the operator.
 
     ``public`` is for the export's user, and tells nothing of the server. ``is_final``: trying again is of no

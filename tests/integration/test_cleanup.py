@@ -44,7 +44,7 @@ def test_a_cleanup_that_is_killed_between_file_and_row_heals(exportd: Exportd, s
 
     def run() -> subprocess.CompletedProcess[str] | None:
         # The killed one's session holds the lock until the server notices.
-        done = exportd.run("cleanup")
+        done = exportd.call("cleanup")
         return None if "another cleanup" in done.stderr else done
 
     done = wait_for("the lock of the killed cleanup", run)
@@ -59,7 +59,7 @@ def test_the_command_tells_what_it_would_do_and_then_what_it_did(exportd: Export
     query(exportd.dsn, EXPIRED)
     size = published["packageSizeBytes"]
     for options, dry in ((["--dry-run"], True), ([], False)):
-        done = exportd.run("cleanup", *options)
+        done = exportd.call("cleanup", *options)
         assert done.returncode == 0, done.stderr
         said = json.loads(done.stdout)
         assert said["dryRun"] is dry
@@ -70,10 +70,10 @@ def test_the_command_tells_what_it_would_do_and_then_what_it_did(exportd: Export
 
 def test_orphans_are_removed_only_with_an_age(exportd: Exportd, source: object) -> None:
     publish(exportd, source)
-    done = exportd.run("cleanup", "--orphans")
+    done = exportd.call("cleanup", "--orphans")
     assert (done.returncode, done.stdout) == (2, "")
     assert "--older-than" in done.stderr
-    done = exportd.run("cleanup", "--orphans", "--older-than", "0")
+    done = exportd.call("cleanup", "--orphans", "--older-than", "0")
     assert done.returncode == 2
 
 
@@ -85,7 +85,7 @@ def test_a_storage_that_is_not_mounted_is_refused_in_one_line(exportd: Exportd, 
     assert daemon.url
     assert daemon.wait_for_event("storage_not_recognised")["level"] == "error"
     assert "mounted" in daemon.wait_for_event("cleanup_refused")["reason"]
-    done = exportd.run("cleanup")
+    done = exportd.call("cleanup")
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (1, "", 1)
     assert ".exportd-storage" in done.stderr
     assert query(exportd.dsn, "SELECT count(*) FROM export_jobs WHERE package_path IS NOT NULL") == [(1,)]

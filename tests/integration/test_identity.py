@@ -34,7 +34,7 @@ def test_tokens_signed_by_a_provider_are_verified_with_its_public_key(exportd: E
     assert status_of(daemon.port, path, jwt.encode(claims(**good), OTHER_RSA, algorithm="RS256")) == 401
     # Nobody can sign by the data folder's secret: none is made.
     assert not (exportd.folder / "data" / "secret").exists()
-    done = exportd.run("token", "--user", "ann", **settings)
+    done = exportd.call("token", "--user", "ann", **settings)
     assert done.returncode == 1
     assert "no secret is configured" in done.stderr
 
@@ -43,6 +43,6 @@ def test_a_key_that_cannot_be_used_is_told_in_one_line_before_anything_starts(ex
     key_file = exportd.folder / "provider.pem"
     key_file.write_text("nonsense")
     for workers in ("1", "2"):
-        done = exportd.run("serve", "--workers", workers, EXPORTD_AUTH__PUBLIC_KEY_FILES=f'["{key_file}"]')
+        done = exportd.call("serve", "--workers", workers, EXPORTD_AUTH__PUBLIC_KEY_FILES=f'["{key_file}"]')
         assert (done.returncode, done.stdout) == (1, "")
         assert done.stderr == f"exportd: {key_file}: no public key or certificate in PEM form\n"

@@ -50,7 +50,7 @@ def test_the_download_log_survives_logrotate(
 
 
 def test_a_download_log_that_cannot_be_opened_is_told_at_start(exportd: Exportd, tmp_path: Path) -> None:
-    done = exportd.run("serve", EXPORTD_LOGGING__DOWNLOAD_LOG=str(tmp_path / "missing" / "log"))
+    done = exportd.call("serve", EXPORTD_LOGGING__DOWNLOAD_LOG=str(tmp_path / "missing" / "log"))
     assert done.returncode == 1
     assert done.stderr == "exportd: logging.download_log: cannot be opened: No such file or directory\n"
 

@@ -17,7 +17,7 @@ import psycopg2
 import pytest
 from click.testing import CliRunner
 
-from exportd.cli import cli
+from exportd.cli.main import cli
 from exportd.db import migrate as migrations
 from exportd.db.embedded import embedded_server
 from exportd.db.migrate import migrate_down
@@ -72,7 +72,7 @@ def test_publish_serve_download_by_curl(exportd: Exportd, source: Path, tmp_path
         " FROM export_jobs",
     ) == [("ann", "completed", 7, True)]
 
-    token = exportd.run("token", "--user", "ann").stdout.strip()
+    token = exportd.call("token", "--user", "ann").stdout.strip()
     target = tmp_path / "downloads"
     target.mkdir()
     curl = ["curl", "-sSf", "-OJ", "-H", f"Authorization: Bearer {token}", daemon.url + path_of(published)]
@@ -177,7 +177,12 @@ def test_two_publishes_and_a_daemon_share_one_embedded_database(
         daemon = exportd.serve()
         assert daemon.url
         found: list[dict[str, object]] = []
-        threads = [threading.Thread(target=lambda: found.append(exportd.publish(source))) for _ in range(2)]
+
+        def publish() -> None:
+            done = exportd.run("publish", source, "--user", "ann", "--tool", "Form")
+            found.append(json.loads(done.stdout))
+
+        threads = [threading.Thread(target=publish) for _ in range(2)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -300,24 +305,24 @@ def test_serve_refuses_what_it_cannot_do_in_one_line(exportd: Exportd, tmp_path:
         assert failure_of(exportd.run("serve", "--port", port)) == (
             f"exportd: cannot listen on 127.0.0.1:{port}: Address already in use"
         )
-    assert "server.prot: unknown key" in failure_of(exportd.run("serve", EXPORTD_SERVER__PROT="1"))
+    assert "server.prot: unknown key" in failure_of(exportd.call("serve", EXPORTD_SERVER__PROT="1"))
     assert "auth.secret: must be at least 32 bytes" in failure_of(
-        exportd.run("serve", EXPORTD_AUTH__SECRET="12345678")
+        exportd.call("serve", EXPORTD_AUTH__SECRET="12345678")
     )
-    assert "nowhere.toml does not exist" in failure_of(exportd.run("serve", "--config", "nowhere.toml"))
+    assert "nowhere.toml does not exist" in failure_of(exportd.call("serve", "--config", "nowhere.toml"))
     (tmp_path / "junk.pem").write_text("junk")
     pem = str(tmp_path / "junk.pem")
     assert "certificate or key cannot be used" in failure_of(
-        exportd.run("serve", EXPORTD_SERVER__TLS_CERT=pem, EXPORTD_SERVER__TLS_KEY=pem)
+        exportd.call("serve", EXPORTD_SERVER__TLS_CERT=pem, EXPORTD_SERVER__TLS_KEY=pem)
     )
     (tmp_path / "file").touch()
     assert "Not a directory" in failure_of(
-        exportd.run("serve", EXPORTD_STORAGE__ROOT=str(tmp_path / "file" / "x"))
+        exportd.call("serve", EXPORTD_STORAGE__ROOT=str(tmp_path / "file" / "x"))
     )
 
 
 def test_every_wrong_setting_is_told_at_once(exportd: Exportd) -> None:
-    done = exportd.run(
+    done = exportd.call(
         "serve", EXPORTD_SERVER__PROT="1", EXPORTD_SERVER__PORT="x", EXPORTD_AUTH__SECRET="short"
     )
     assert done.returncode == 1
@@ -325,13 +330,13 @@ def test_every_wrong_setting_is_told_at_once(exportd: Exportd) -> None:
 
 
 def test_a_database_that_is_not_migrated_is_refused(exportd: Exportd, empty_dsn: str) -> None:
-    done = exportd.run("serve", EXPORTD_DATABASE__DSN=empty_dsn)
+    done = exportd.call("serve", EXPORTD_DATABASE__DSN=empty_dsn)
     assert "run `exportd migrate up`" in failure_of(done)
 
 
 def test_migrate_says_what_it_did(exportd: Exportd, empty_dsn: str) -> None:
     def migrate(direction: str) -> list[str]:
-        done = exportd.run("migrate", direction, EXPORTD_DATABASE__DSN=empty_dsn)
+        done = exportd.call("migrate", direction, EXPORTD_DATABASE__DSN=empty_dsn)
         assert done.returncode == 0, done.stderr
         return done.stdout.splitlines()
 
@@ -368,13 +373,13 @@ def test_a_database_that_refuses_the_password_is_told_in_one_line(
         )
         exportd = Exportd(folder, wrong)
         for command in (["serve"], ["migrate", "up"]):
-            line = failure_of(exportd.run(*command))
+            line = failure_of(exportd.call(*command))
             assert 'password authentication failed for user "guarded"' in line
             assert "wrong" not in line.removeprefix("exportd: connection")
 
 
 def test_a_database_that_never_comes_up_is_waited_for_in_vain(exportd: Exportd, tmp_path: Path) -> None:
-    done = exportd.run(
+    done = exportd.call(
         "serve",
         EXPORTD_DATABASE__DSN=f"host={tmp_path} dbname=x",
         EXPORTD_DATABASE__STARTUP_TIMEOUT_SECONDS="0.5",
@@ -396,13 +401,13 @@ def test_publish_refuses_bad_input_in_one_line_and_leaves_nothing(
     exportd: Exportd, source: Path, tmp_path: Path
 ) -> None:
     options = ("--user", "ann", "--tool", "Form")
-    assert "nowhere: No such file or directory" in failure_of(exportd.run("publish", "nowhere", *options))
+    assert "nowhere: No such file or directory" in failure_of(exportd.call("publish", "nowhere", *options))
     (tmp_path / "text.tar.gz").write_text("hello")
-    assert "is no sound .tar.gz" in failure_of(exportd.run("publish", "text.tar.gz", *options))
+    assert "is no sound .tar.gz" in failure_of(exportd.call("publish", "text.tar.gz", *options))
     os.mkfifo(source / "fifo")
-    assert "fifo is neither a file" in failure_of(exportd.run("publish", source, *options))
+    assert "fifo is neither a file" in failure_of(exportd.call("publish", source, *options))
     assert nothing_is_left(exportd)
-    usage = exportd.run("publish", source, "--user", " ", "--tool", "Form")
+    usage = exportd.call("publish", source, "--user", " ", "--tool", "Form")
     assert usage.returncode == 2
     assert "--user must not be empty" in usage.stderr
 
@@ -412,7 +417,7 @@ def test_publish_to_a_database_that_went_away_leaves_nothing(
 ) -> None:
     name = psycopg2.extensions.parse_dsn(exportd.dsn)["dbname"]
     query(server_dsn, f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
-    done = exportd.run("publish", source, "--user", "ann", "--tool", "Form")
+    done = exportd.call("publish", source, "--user", "ann", "--tool", "Form")
     query(server_dsn, f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
     assert "not currently accepting connections" in failure_of(done)
     assert nothing_is_left(exportd)
@@ -475,8 +480,8 @@ def test_publish_shows_progress_on_a_terminal_only(exportd: Exportd, source: Pat
 def test_token_carries_the_role_and_the_time(exportd: Exportd, source: Path) -> None:
     published = exportd.publish(source)
     daemon = exportd.serve()
-    admin = exportd.run("token", "--user", "root", "--role", "admin").stdout.strip()
-    stranger = exportd.run("token", "--user", "eve").stdout.strip()
+    admin = exportd.call("token", "--user", "root", "--role", "admin").stdout.strip()
+    stranger = exportd.call("token", "--user", "eve").stdout.strip()
     assert get(daemon, path_of(published), {"Authorization": f"Bearer {admin}"})[0] == 200
     assert get(daemon, path_of(published), {"Authorization": f"Bearer {stranger}"})[0] == 403
     assert get(daemon, path_of(published), bearer("ann", ttl_seconds=-1))[0] == 401
@@ -485,7 +490,7 @@ def test_token_carries_the_role_and_the_time(exportd: Exportd, source: Path) -> 
 def test_without_a_secret_one_is_made_in_the_data_folder(exportd: Exportd, source: Path) -> None:
     exportd.environ["EXPORTD_AUTH__SECRET"] = ""
     published = exportd.publish(source)
-    token = exportd.run("token", "--user", "ann").stdout.strip()
+    token = exportd.call("token", "--user", "ann").stdout.strip()
     daemon = exportd.serve()
     assert get(daemon, path_of(published), {"Authorization": f"Bearer {token}"})[0] == 200
     assert (exportd.folder / "data" / "secret").stat().st_mode & 0o777 == 0o600
@@ -524,8 +529,8 @@ def test_help_names_every_command(exportd: Exportd) -> None:
     for name, command in cli.commands.items():
         assert f"\n  {name} " in text
         assert CliRunner().invoke(command, ["--help"]).exit_code == 0
-    assert exportd.run("--version").stdout.startswith("exportd, version ")
-    assert exportd.run("nonsense").returncode == 2
+    assert exportd.call("--version").stdout.startswith("exportd, version ")
+    assert exportd.call("nonsense").returncode == 2
 
 
 def test_stats_tell_of_one_job_and_of_all(exportd: Exportd, source: Path) -> None:
@@ -535,21 +540,21 @@ def test_stats_tell_of_one_job_and_of_all(exportd: Exportd, source: Path) -> Non
     answer = statistics(daemon, published)
     assert daemon.stop() == 0
 
-    done = exportd.run("stats", published["jobId"], "--json")
+    done = exportd.call("stats", published["jobId"], "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == answer
     assert (answer["downloadCount"], answer["uniqueUsers"], answer["failures"]) == (1, 1, [])
     (delivery,) = answer["recentEvents"]  # type: ignore[misc]
     assert delivery["bytesAcknowledged"] == published["packageSizeBytes"]
 
-    of_all = json.loads(exportd.run("stats", "--json").stdout)
+    of_all = json.loads(exportd.call("stats", "--json").stdout)
     assert (of_all["jobId"], of_all["downloadCount"]) == (None, 1)
-    table = exportd.run("stats").stdout
+    table = exportd.call("stats").stdout
     assert "downloads      1\n" in table
     assert "1MB_to_10MB" in table
     assert "completed" in table
 
-    missing = exportd.run("stats", str(uuid.uuid4()))
+    missing = exportd.call("stats", str(uuid.uuid4()))
     assert (missing.returncode, missing.stdout) == (2, "")
     assert "there is no job" in missing.stderr
-    assert exportd.run("stats", "nonsense").returncode == 2
+    assert exportd.call("stats", "nonsense").returncode == 2

@@ -2,20 +2,26 @@
 
 import contextlib
 import json
+import logging
 import os
 import random
 import signal
 import ssl
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+import structlog
 import trustme
 
+from exportd.cli.main import main
+from exportd.telemetry.logging import stop_logging
 from tests.support.application import SECRET
 from tests.support.postgres import migrated_database
 
@@ -102,8 +108,31 @@ class Exportd:
     def storage(self) -> Path:
         return self.folder / "data" / "packages"
 
+    def call(self, *arguments: object, **environ: str) -> subprocess.CompletedProcess[str]:
+        """Runs a command to its end in this process, where the process does not matter: it costs no start."""
+        command = ["exportd", *map(str, arguments)]
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(mock.patch.dict(os.environ, {**self.environ, **environ}, clear=True))
+            stack.enter_context(contextlib.chdir(self.folder))
+            stack.enter_context(mock.patch.object(sys, "argv", command))
+            stack.enter_context(_undisturbed_process())
+            stdout = stack.enter_context(tempfile.TemporaryFile("w+"))
+            stderr = stack.enter_context(tempfile.TemporaryFile("w+"))
+            stack.enter_context(contextlib.redirect_stdout(stdout))
+            stack.enter_context(contextlib.redirect_stderr(stderr))
+            try:
+                main()
+            except SystemExit as error:
+                status = error.code if isinstance(error.code, int) else int(error.code is not None)
+            else:
+                status = 0
+            stop_logging()
+            stdout.seek(0)
+            stderr.seek(0)
+            return subprocess.CompletedProcess(command, status, stdout.read(), stderr.read())
+
     def run(self, *arguments: object, **environ: str) -> subprocess.CompletedProcess[str]:
-        """Runs a command to its end."""
+        """Runs a command to its end, in a process of its own."""
         return subprocess.run(
             [sys.executable, "-m", "exportd", *map(str, arguments)],
             env={**self.environ, **environ},
@@ -116,7 +145,7 @@ class Exportd:
 
     def publish(self, source: Path, *options: object) -> dict[str, Any]:
         """Publishes for ann; what the command printed."""
-        done = self.run("publish", source, "--user", "ann", "--tool", "Form", *options)
+        done = self.call("publish", source, "--user", "ann", "--tool", "Form", *options)
         assert done.returncode == 0, done.stderr
         published: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         return published
@@ -148,6 +177,24 @@ class Exportd:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(daemon.process.pid, signal.SIGKILL)
             daemon.close()
+
+
+@contextlib.contextmanager
+def _undisturbed_process() -> Iterator[None]:
+    """Takes back what a command changes in its process: signal handlers and logging."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    root, configuration = logging.getLogger(), structlog.get_config()
+    root_handlers, level = root.handlers[:], root.level
+    # logging.basicConfig(force=True) would close pytest's own.
+    root.handlers.clear()
+    try:
+        yield
+    finally:
+        logging.captureWarnings(False)
+        root.handlers[:], root.level = root_handlers, level
+        structlog.configure(**configuration)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -1,0 +1,103 @@
+"""What several commands share: options, settings, logging, and the database while a command runs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Coroutine, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from exportd.settings import Settings
+
+T = TypeVar("T")
+
+config_option = click.option(
+    "--config",
+    "config_file",
+    type=click.Path(path_type=Path),
+    help="Configuration file. Default: $EXPORTD_CONFIG, then ./config.toml where there is one.",
+)
+
+
+def fail(*problems: str, status: int = 1) -> NoReturn:
+    """Ends the process: one line on stderr for each problem, after the log lines that wait."""
+    from exportd.telemetry.logging import stop_logging
+
+    stop_logging()
+    for problem in problems:
+        click.echo(f"exportd: {problem}", err=True)
+    raise SystemExit(status)
+
+
+def run(work: Coroutine[Any, Any, T]) -> T:
+    """Runs ``work`` on an event loop of its own and returns its result."""
+    import asyncio
+
+    return asyncio.run(work)
+
+
+def log_to_stdout(settings: Settings) -> None:
+    """Logs as configured. Raises SettingsError."""
+    from exportd.settings import SettingsError
+    from exportd.telemetry.logging import configure_logging
+
+    try:
+        configure_logging(
+            settings.logging.level, settings.logging.format, sys.stdout, settings.logging.download_log
+        )
+    except OSError as error:
+        raise SettingsError([f"logging.download_log: cannot be opened: {error.strerror}"]) from error
+
+
+def quiet_settings(config_file: Path | None) -> Settings:
+    """Settings for the commands that print a result: only warnings are logged, to stderr."""
+    from exportd.settings import load_settings
+    from exportd.telemetry.logging import configure_logging
+
+    settings = load_settings(config_file, os.environ)
+    configure_logging("warning", "console", sys.stderr)
+    return settings
+
+
+@contextlib.contextmanager
+def migrated_database(settings: Settings) -> Iterator[str]:
+    """The database's libpq connection string, once it answers and has the present schema.
+
+    The embedded database is migrated on the spot. Only `exportd migrate up` changes an external one, because
+    it belongs to somebody. Raises OperatorError.
+    """
+    from exportd.db.migrate import MigrationError, migrate_up, migration_status
+
+    with running_database(settings) as dsn:
+        if settings.database.dsn is None:
+            migrate_up(dsn)
+        elif not all(migration.is_applied for migration in migration_status(dsn)):
+            raise MigrationError("the database's schema is not up to date: run `exportd migrate up`")
+        yield dsn
+
+
+@contextlib.contextmanager
+def running_database(settings: Settings) -> Iterator[str]:
+    """The database's libpq connection string, once it answers, whatever its schema. Raises OperatorError."""
+    if settings.database.dsn is None:
+        from exportd.db.embedded import embedded_server
+
+        with embedded_server(settings.data_dir) as dsn:
+            yield dsn
+    else:
+        import structlog
+
+        from exportd.db.migrate import wait_for_database
+
+        dsn = settings.database.dsn.get_secret_value()
+        wait_for_database(
+            dsn,
+            settings.database.startup_timeout_seconds,
+            lambda reason: structlog.get_logger().warning("database_waiting", error=reason),
+        )
+        yield dsn

@@ -1,0 +1,93 @@
+"""`exportd demo`: a daemon with a sample package to try."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from exportd.cli.common import config_option, log_to_stdout, migrated_database, run
+from exportd.cli.publish import publish_package
+from exportd.cli.serve import packer_command, run_server
+
+if TYPE_CHECKING:
+    from exportd.settings import Settings
+
+_SAMPLE_FILES = 24
+_SAMPLE_FILE_BYTES = 512 * 1024
+
+
+@click.command()
+@config_option
+def demo(config_file: Path | None) -> None:
+    """Packs a sample, starts the daemon and a packer with a job to do, and prints what to try."""
+    import orjson
+
+    from exportd.app import make_app
+    from exportd.settings import load_settings
+
+    # In the environment, where the packer's process finds it too.
+    exports = load_settings(config_file, os.environ).data_dir / "demo-exports"
+    os.environ["EXPORTD_PACKER__ENABLED"] = "true"
+    os.environ["EXPORTD_PACKER__SOURCE_ROOTS"] = orjson.dumps([str(exports)]).decode()
+    settings = load_settings(config_file, os.environ)
+    log_to_stdout(settings)
+    with migrated_database(settings) as dsn:
+        sample = _write_sample(exports / "sample-export")
+        published = publish_package(settings, dsn, sample, "alice", "Sample Export", None, lambda _: None)
+        run(_request_sample(settings, dsn, sample))
+        run_server(
+            settings,
+            lambda: make_app(settings, dsn),
+            lambda url: _print_demo(settings, published, url),
+            packer_command(config_file),
+        )
+
+
+async def _request_sample(settings: Settings, dsn: str, sample: Path) -> None:
+    import uuid
+
+    from exportd.app import connect
+    from exportd.db.packing import request_package
+
+    database = await connect(settings, dsn)
+    await request_package(
+        database,
+        job_id=uuid.uuid4(),
+        user_id="alice",
+        tool_name="Packed By The Daemon",
+        source=str(sample),
+        retention_days=settings.retention.days,
+    )
+    await database.close()
+
+
+def _print_demo(settings: Settings, published: dict[str, Any], url: str) -> None:
+    from exportd.auth.tokens import make_tokens
+
+    bearer = make_tokens(settings.auth, settings.data_dir).sign("alice", None, 86400)
+    address = f"{url}{settings.server.base_path}/export-jobs/{published['jobId']}"
+    click.echo(
+        "\n"
+        f"exportd serves a sample package ({published['packageSizeBytes']} bytes, "
+        f"sha256 {published['sha256']}).\n\n"
+        "See it in a browser, as alice:\n\n"
+        f"  {url}/#token={bearer}\n\n"
+        "Download it, from another terminal:\n\n"
+        f"  curl -OJ -H 'Authorization: Bearer {bearer}' {address}/download\n\n"
+        "How often it was downloaded:\n\n"
+        f"  curl -H 'Authorization: Bearer {bearer}' {address}/download-stats\n\n"
+        "Ctrl-C stops the daemon.\n"
+    )
+
+
+def _write_sample(folder: Path) -> Path:
+    import secrets
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "README.txt").write_text("A sample export, made by `exportd demo`.\n", encoding="utf-8")
+    for number in range(_SAMPLE_FILES):
+        (folder / f"part-{number:02}.bin").write_bytes(secrets.token_bytes(_SAMPLE_FILE_BYTES))
+    return folder

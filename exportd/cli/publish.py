@@ -1,0 +1,182 @@
+"""`exportd publish`: packs a folder, or takes a ready package, and records a completed job."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from exportd.cli.common import config_option, migrated_database, quiet_settings, run
+
+if TYPE_CHECKING:
+    import uuid
+    from datetime import datetime
+
+    from exportd.packages.pack import DraftPackage, Progress
+    from exportd.settings import Settings
+
+
+@click.command()
+@config_option
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--user", "user_id", required=True, help="The user the package belongs to.")
+@click.option("--tool", "tool_name", required=True, help="What was exported; goes into the file's name.")
+@click.option("--retention-days", type=click.IntRange(1, 36500), help="How long the package is kept.")
+def publish(
+    config_file: Path | None, path: Path, user_id: str, tool_name: str, retention_days: int | None
+) -> None:
+    """Packs the folder PATH, or takes the ready .tar.gz PATH, and records a completed job.
+
+    The last line of stdout is one JSON object: jobId, packagePath, packageSizeBytes, sha256, expiresAt.
+    """
+    import orjson
+
+    from exportd.packages.pack import measure_source
+
+    settings = quiet_settings(config_file)
+    if not user_id.strip() or "\0" in user_id + tool_name:
+        raise click.UsageError("--user must not be empty, and NUL is allowed nowhere.")
+    total = measure_source(path)
+    with migrated_database(settings) as dsn, _progress_bar(total) as progress:
+        result = publish_package(settings, dsn, path, user_id, tool_name, retention_days, progress)
+    click.echo(orjson.dumps(result).decode())
+
+
+def publish_package(
+    settings: Settings,
+    dsn: str,
+    source: Path,
+    user_id: str,
+    tool_name: str,
+    retention_days: int | None,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Packs ``source``, places the package and records its job; returns what the command prints.
+
+    Raises OperatorError.
+    """
+    import uuid
+
+    from exportd.packages.pack import draft_package
+
+    job_id = uuid.uuid4()
+    days = retention_days or settings.retention.days
+    run(_open_storage(settings, dsn))
+    with _signals_deferred() as handle_signals:
+
+        def report(count: int) -> None:
+            handle_signals()
+            progress(count)
+
+        with draft_package(source, settings.storage_root, job_id, report) as draft:
+            return _place(settings, dsn, draft, job_id, user_id, tool_name, days)
+
+
+def _place(
+    settings: Settings,
+    dsn: str,
+    draft: DraftPackage,
+    job_id: uuid.UUID,
+    user_id: str,
+    tool_name: str,
+    days: int,
+) -> dict[str, Any]:
+    draft.place()
+    expires_at = run(_record(settings, dsn, draft, job_id, user_id, tool_name, days))
+    draft.keep()
+    return {
+        "jobId": job_id,
+        "packagePath": draft.path,
+        "packageSizeBytes": draft.size_bytes,
+        "sha256": draft.sha256,
+        "expiresAt": expires_at,
+    }
+
+
+async def _open_storage(settings: Settings, dsn: str) -> None:
+    from exportd.app import connect, open_storage
+
+    database = await connect(settings, dsn)
+    try:
+        await open_storage(settings, database)
+    finally:
+        await database.close()
+
+
+async def _record(
+    settings: Settings,
+    dsn: str,
+    draft: DraftPackage,
+    job_id: uuid.UUID,
+    user_id: str,
+    tool_name: str,
+    retention_days: int,
+) -> datetime:
+    from exportd.app import connect
+    from exportd.db.jobs import record_completed_job
+    from exportd.db.pool import DatabaseUnavailable
+
+    database = await connect(settings, dsn)
+    try:
+        return await record_completed_job(
+            database,
+            job_id=job_id,
+            user_id=user_id,
+            tool_name=tool_name,
+            package_path=draft.path,
+            package_size_bytes=draft.size_bytes,
+            package_sha256=draft.sha256,
+            retention_days=retention_days,
+        )
+    except DatabaseUnavailable as error:
+        # The row may have been written before the answer was lost: a package without a row wastes space, a
+        # row without its package is a lie.
+        draft.keep()
+        raise DatabaseUnavailable(
+            f"{error}; whether job {job_id} was recorded is unknown, so its package {draft.path} was kept"
+        ) from error
+    finally:
+        await database.close()
+
+
+@contextlib.contextmanager
+def _signals_deferred() -> Iterator[Callable[[], None]]:
+    """Holds SIGINT and SIGTERM back while the block lasts, since they would raise anywhere: between a package
+    and its row, or amid a compressor's threads, which then wait for each other for ever.
+
+    Yields what lets one that came be handled at once; the others are when the block ends.
+    """
+    came: list[int] = []
+    handlers = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # Not those that are ignored.
+        if callable(handler := signal.getsignal(number)):
+            handlers[number] = handler
+            signal.signal(number, lambda number, _: came.append(number))
+
+    def handle() -> None:
+        if came:
+            number = signal.Signals(came.pop())
+            handlers[number](number, None)
+
+    try:
+        yield handle
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        handle()
+
+
+@contextlib.contextmanager
+def _progress_bar(total: int) -> Iterator[Progress]:
+    """A bar on stderr where that is a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    with click.progressbar(length=total, label="Packing", file=sys.stderr) as bar:
+        yield bar.update

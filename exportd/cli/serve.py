@@ -1,0 +1,139 @@
+"""`exportd serve` and `exportd packer`: the processes that stay."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from exportd.cli.common import config_option, log_to_stdout, migrated_database
+
+if TYPE_CHECKING:
+    import uuid
+
+    from exportd.server import MakeApp
+    from exportd.settings import Key, Settings
+
+
+@click.command()
+@config_option
+@click.option("--host", help="Address to listen on.")
+@click.option("--port", type=int, help="Port to listen on; 0 takes any free one.")
+@click.option("--workers", type=int, help="Processes that serve; more than one run under gunicorn.")
+def serve(config_file: Path | None, host: str | None, port: int | None, workers: int | None) -> None:
+    """Runs the daemon. Logs go to stdout, one JSON object a line.
+
+    SIGTERM drains, a second one aborts. SIGHUP opens the download log anew; with several workers it replaces
+    them, and the new ones read the configuration anew, except where to listen and which database.
+    """
+    import structlog
+
+    from exportd.app import make_app
+    from exportd.auth.tokens import make_tokens
+    from exportd.limits.memory import make_shared_memory
+    from exportd.settings import SettingsError, load_settings
+
+    log = structlog.get_logger()
+    given: dict[Key, object] = {
+        ("server", "host"): host,
+        ("server", "port"): port,
+        ("server", "workers"): workers,
+    }
+    options = {key: value for key, value in given.items() if value is not None}
+    settings = load_settings(config_file, os.environ, options)
+    make_tokens(
+        settings.auth, settings.data_dir
+    )  # keys that cannot be used are reported before anything starts
+    log_to_stdout(settings)
+
+    def present_settings() -> Settings:
+        try:
+            return load_settings(config_file, os.environ, options)
+        except SettingsError as error:
+            log.error("settings_not_reloaded", problems=error.problems)
+            return settings
+
+    # Before processes are forked: they count together.
+    shared = make_shared_memory(settings.server.workers)
+    with migrated_database(settings) as dsn:
+        companion = packer_command(config_file) if settings.packer.enabled else ()
+        status = run_server(settings, lambda: make_app(present_settings(), dsn, shared), companion=companion)
+    sys.exit(status)
+
+
+@click.command()
+@config_option
+@click.option("--attended", is_flag=True, hidden=True)
+def packer(config_file: Path | None, attended: bool) -> None:
+    """Makes packages of jobs that wait, until SIGTERM, which gives back the one it is at.
+
+    `exportd serve` runs one by itself where [packer] enabled is true; this is for other machines. Logs go to
+    stdout.
+    """
+    from exportd.packages.packer import packer_identity
+    from exportd.server import run_until_stopped
+    from exportd.settings import load_settings
+
+    settings = load_settings(config_file, os.environ)
+    log_to_stdout(settings)
+    with migrated_database(settings) as dsn, packer_identity(settings.data_dir) as packer_id:
+        run_until_stopped(_pack(settings, dsn, packer_id), ends_with_stdin=attended)
+
+
+async def _pack(settings: Settings, dsn: str, packer_id: uuid.UUID) -> None:
+    from exportd.app import connect, open_storage
+    from exportd.packages.packer import Packer
+
+    # One listens, one writes how far it is, one completes.
+    database = await connect(settings, dsn, least_connections=3)
+    try:
+        await open_storage(settings, database)
+        await Packer(
+            database,
+            packer_id,
+            settings.storage_root,
+            settings.packer.source_roots,
+            max_attempts=settings.packer.max_attempts,
+            poll_seconds=settings.packer.poll_seconds,
+        ).run()
+    finally:
+        await database.close()
+
+
+def packer_command(config_file: Path | None) -> Sequence[str]:
+    """The command line of a packer that runs beside this process."""
+    config = ("--config", str(config_file)) if config_file else ()
+    return sys.executable, "-m", "exportd", "packer", "--attended", *config
+
+
+def run_server(
+    settings: Settings,
+    make_app: MakeApp,
+    on_started: Callable[[str], None] = lambda _: None,
+    companion: Sequence[str] = (),
+) -> int:
+    """Serves as configured until a signal stops it; returns the exit status. See ``exportd.server.serve``."""
+    from exportd import server
+    from exportd.api.connection import ConnectionLimits
+    from exportd.telemetry.logging import reopen_logs
+
+    section = settings.server
+    return server.serve(
+        make_app,
+        server.Listener(section.host, section.port, section.tls_cert, section.tls_key),
+        workers=section.workers,
+        drain_timeout_seconds=section.drain_timeout_seconds,
+        limits=ConnectionLimits(
+            section.max_connections,
+            settings.limits.connections_per_address,
+            section.head_timeout_seconds,
+            section.keepalive_timeout_seconds,
+        ),
+        on_hangup=reopen_logs,
+        on_started=on_started,
+        companion=companion,
+    )

@@ -1,0 +1,9 @@
+"""Failures that end a command."""
+
+
+class OperatorError(Exception):
+    """A command cannot go on. ``problems`` are for the operator: one sentence each, without secrets."""
+
+    @property
+    def problems(self) -> list[str]:
+        return [str(self)]
