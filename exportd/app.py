@@ -12,6 +12,7 @@ from aiohttp import web
 
 from exportd.api.access import DATABASE, TOKENS
 from exportd.api.api_docs import API_DOCS, load_api_docs, show_api_docs, show_api_docs_asset
+from exportd.api.connection import Refusal
 from exportd.api.cors import CORS_ORIGINS, allow_origin
 from exportd.api.download import (
     DELIVERY_OPTIONS,
@@ -27,7 +28,7 @@ from exportd.api.events import job_events, watch_jobs
 from exportd.api.health import healthz, readyz
 from exportd.api.jobs import export_job_again, list_export_jobs, show_export_job
 from exportd.api.lifecycle import Lifecycle
-from exportd.api.limits import LIMITER, PROXIES, Limiter, Limits, Proxies
+from exportd.api.limits import LIMITER, PROXIES, Limit, Limiter, Limits, Proxies
 from exportd.api.links import LINK_OPTIONS, LinkOptions, make_download_link, revoke_download_links
 from exportd.api.metrics import METRICS_FROM, count_answer, measure, metrics
 from exportd.api.middleware import ALLOWED_HOSTS, LIFECYCLE, METRICS, edge, expect, set_common_headers
@@ -65,7 +66,7 @@ def make_app(settings: Settings, dsn: str, shared: SharedMemory | None = None) -
     app[ALLOWED_HOSTS] = frozenset(settings.server.allowed_hosts)
     app[PAGE_FILES] = load_page(settings.server.base_path)
     app[CORS_ORIGINS] = frozenset(settings.server.cors_origins)
-    noted = app[METRICS] = Metrics(FAILURE_REASONS, METHODS)
+    noted = app[METRICS] = Metrics(FAILURE_REASONS, METHODS, Refusal, Limit)
     auth = settings.auth
     remote = RemoteKeys(auth.jwks_url, auth.jwks_refresh_seconds) if auth.jwks_url else None
     app[TOKENS] = make_tokens(settings.auth, settings.data_dir, remote)

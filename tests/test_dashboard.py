@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp.test_utils import TestClient
 
 from exportd.api.download import FAILURE_REASONS
 from exportd.delivery.outcome import METHODS
 from exportd.http.sizes import SIZE_RANGES
 from exportd.telemetry.logging import DOWNLOAD_EVENTS
-from tests.support.application import ANN, Jobs, Start, noise
+from tests.support.application import ANN, Jobs, ask_once, noise
 from tests.support.programs import require
 from tests.support.scrape import samples_of, types_of
 
@@ -31,14 +32,17 @@ VALUES = {
 }
 
 
-@pytest.fixture
-async def exposition(start: Start, jobs: Jobs) -> str:
+@pytest.fixture(scope="module")
+def exposition(server_dsn: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """What the application says once every metric has been used."""
-    client = await start()
-    async with client.get(jobs.add(noise(1000)).url, headers=ANN) as response:
-        await response.read()
-    async with client.get("/metrics") as response:
-        return await response.text()
+
+    async def ask(client: TestClient[Any, Any], jobs: Jobs) -> str:
+        async with client.get(jobs.add(noise(1000)).url, headers=ANN) as response:
+            await response.read()
+        async with client.get("/metrics") as response:
+            return await response.text()
+
+    return ask_once(server_dsn, tmp_path_factory.mktemp("packages"), ask)
 
 
 def expressions() -> dict[str, str]:

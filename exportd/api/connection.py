@@ -5,6 +5,7 @@ import secrets
 import time
 from collections import Counter
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any, cast
 
 import structlog
@@ -32,6 +33,16 @@ _LARGEST_HEAD = 65536
 # A body that nobody asked for is read and thrown away for this long, so that its sender sees the answer.
 _LINGERING_SECONDS = 2.0
 _BETWEEN_WARNINGS_SECONDS = 60.0
+
+
+class Refusal(StrEnum):
+    """Why a connection is closed; a label of ``exportd_connections_refused_total``."""
+
+    TOO_MANY = "too_many"
+    TOO_MANY_OF_ADDRESS = "too_many_of_address"
+    SLOW_HEAD = "slow_head"
+    LARGE_HEAD = "large_head"
+    MALFORMED = "malformed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +81,13 @@ class ConnectionServer(web.Server):
     def __call__(self) -> RequestHandler:
         return Connection(self, loop=self._loop, **self._kwargs)
 
-    def admit(self, address: str) -> str | None:
+    def admit(self, address: str) -> Refusal | None:
         """Why there is no room for one more connection of that address; None: there is, and it is taken."""
         if len(self._connections) >= self.limits.connections:
-            return "too_many"
+            return Refusal.TOO_MANY
         most, who = self.limits.connections_per_address, subscriber(address)
         if most and self._by_address[who] >= most and not self.is_proxy(address):
-            return "too_many_of_address"
+            return Refusal.TOO_MANY_OF_ADDRESS
         self._by_address[who] += 1
         return None
 
@@ -92,10 +103,10 @@ class ConnectionServer(web.Server):
         parsed = parse_address(address)
         return parsed is not None and any(parsed in network for network in self._trusted)
 
-    def refused(self, reason: str) -> None:
+    def refused(self, reason: Refusal) -> None:
         """Notes a connection that was closed for what it did, or did not do."""
         self._metrics.connection_refused(reason)
-        if reason == "too_many" and time.monotonic() - self._warned_at > _BETWEEN_WARNINGS_SECONDS:
+        if reason is Refusal.TOO_MANY and time.monotonic() - self._warned_at > _BETWEEN_WARNINGS_SECONDS:
             self._warned_at = time.monotonic()
             log.warning("connections_exhausted", limit=self.limits.connections)
 
@@ -137,12 +148,12 @@ class Connection(RequestHandler):
             self._expect_head()
             self._head_bytes += len(data)
             if self._head_bytes > _LARGEST_HEAD:
-                self._refuse("large_head")
+                self._refuse(Refusal.LARGE_HEAD)
 
     def _expect_head(self) -> None:
         if self._head_timer is None:
             seconds = self._server.limits.head_timeout_seconds
-            self._head_timer = self._loop.call_later(seconds, self._refuse, "slow_head")
+            self._head_timer = self._loop.call_later(seconds, self._refuse, Refusal.SLOW_HEAD)
 
     def _head_came(self) -> None:
         self._head_bytes = 0
@@ -150,7 +161,7 @@ class Connection(RequestHandler):
             self._head_timer.cancel()
             self._head_timer = None
 
-    def _refuse(self, reason: str) -> None:
+    def _refuse(self, reason: Refusal) -> None:
         self._head_came()
         if not self._force_close:
             self._server.refused(reason)
@@ -180,7 +191,7 @@ class Connection(RequestHandler):
 
     def _malformed(self, address: str, exc: BaseException | None) -> ApiError:
         """Notes what is no HTTP; it counts as a request of its address."""
-        self._server.refused("malformed")
+        self._server.refused(Refusal.MALFORMED)
         limiter = self._server.limiter
         if limiter.may_log("malformed", address):
             log.info("request_malformed", reason=type(exc).__name__, client=address)

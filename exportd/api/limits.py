@@ -4,6 +4,7 @@ import contextlib
 import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from enum import StrEnum
 from uuid import UUID
 
 import structlog
@@ -25,6 +26,18 @@ log = structlog.get_logger()
 _DOWNLOAD_RETRY_SECONDS = 10
 
 CLIENT = web.RequestKey("client", str)
+
+
+class Limit(StrEnum):
+    """What a request may meet: keys of ``[limits]``, and a label of ``exportd_limits_hit_total``."""
+
+    REQUESTS_PER_MINUTE_PER_ADDRESS = "requests_per_minute_per_address"
+    REQUESTS_PER_MINUTE_PER_USER = "requests_per_minute_per_user"
+    DOWNLOADS_PER_USER = "downloads_per_user"
+    DOWNLOADS_TOTAL = "downloads_total"
+    CONNECTIONS_PER_DOWNLOAD = "connections_per_download"
+    EVENT_STREAMS_PER_USER = "event_streams_per_user"
+    BYTES_PER_USER_PER_DAY = "bytes_per_user_per_day"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +68,14 @@ class Limiter:
         limit = self._limits.requests_per_minute_per_address
         who = f"address {subscriber(client)}"
         if limit and (wait := self._rates.take(who, limit)):
-            raise self._refuse(RateLimited, "requests_per_minute_per_address", who, wait)
+            raise self._refuse(RateLimited, Limit.REQUESTS_PER_MINUTE_PER_ADDRESS, who, wait)
 
     def check_user(self, principal: Principal) -> None:
         """Counts a request of the principal. Raises RateLimited."""
         limit = 0 if self._is_exempt(principal) else self._limits.requests_per_minute_per_user
         who = f"user {principal.user_id}"
         if limit and (wait := self._rates.take(who, limit)):
-            raise self._refuse(RateLimited, "requests_per_minute_per_user", who, wait)
+            raise self._refuse(RateLimited, Limit.REQUESTS_PER_MINUTE_PER_USER, who, wait)
 
     async def check_quota(self, database: Database, principal: Principal) -> None:
         """Raises QuotaExceeded where the principal's last day has no byte left."""
@@ -81,7 +94,7 @@ class Limiter:
 
     def _refuse_over_quota(self, principal: Principal, wait: int | None) -> None:
         if wait is not None:
-            raise self._refuse(QuotaExceeded, "bytes_per_user_per_day", f"user {principal.user_id}", wait)
+            raise self._refuse(QuotaExceeded, Limit.BYTES_PER_USER_PER_DAY, f"user {principal.user_id}", wait)
 
     @contextlib.contextmanager
     def delivery(self, principal: Principal, job_id: UUID) -> Iterator[Entry]:
@@ -96,17 +109,17 @@ class Limiter:
                 limits.downloads_per_user or limits.downloads_total or limits.connections_per_download
             ):
                 found = self._board.count_downloads(entry)
-                self._check_number(principal, "downloads_per_user", found.of_user)
-                self._check_number(principal, "downloads_total", found.in_all)
-                self._check_number(principal, "connections_per_download", found.connections)
+                self._check_number(principal, Limit.DOWNLOADS_PER_USER, found.of_user)
+                self._check_number(principal, Limit.DOWNLOADS_TOTAL, found.in_all)
+                self._check_number(principal, Limit.CONNECTIONS_PER_DOWNLOAD, found.connections)
             yield entry
 
     def check_streams(self, principal: Principal, number: int) -> None:
         """Raises RateLimited where so many event streams are more than a user may have open."""
         if not self._is_exempt(principal):
-            self._check_number(principal, "event_streams_per_user", number)
+            self._check_number(principal, Limit.EVENT_STREAMS_PER_USER, number)
 
-    def _check_number(self, principal: Principal, limit: str, number: int) -> None:
+    def _check_number(self, principal: Principal, limit: Limit, number: int) -> None:
         most: int = getattr(self._limits, limit)
         if most and number > most:
             raise self._refuse(RateLimited, limit, f"user {principal.user_id}", _DOWNLOAD_RETRY_SECONDS)
@@ -120,7 +133,7 @@ class Limiter:
         # An admin's link may be in anybody's hands.
         return principal.is_admin and not principal.by_link and self._limits.admins_exempt
 
-    def _refuse(self, kind: type[ApiError], limit: str, who: str, seconds: float) -> ApiError:
+    def _refuse(self, kind: type[ApiError], limit: Limit, who: str, seconds: float) -> ApiError:
         self._metrics.limit_hit(limit)
         if self.may_log(limit, who):
             log.warning("limit_hit", limit=limit, who=who)

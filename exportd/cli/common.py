@@ -94,10 +94,11 @@ def running_database(settings: Settings) -> Iterator[str]:
 
         from exportd.db.migrate import wait_for_database
 
+        log = structlog.get_logger()
         dsn = settings.database.dsn.get_secret_value()
         wait_for_database(
             dsn,
             settings.database.startup_timeout_seconds,
-            lambda reason: structlog.get_logger().warning("database_waiting", error=reason),
+            lambda reason: log.warning("database_waiting", error=reason),
         )
         yield dsn

@@ -46,11 +46,6 @@ _SLICES = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 
 _LAGS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
 _FLUSHES = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _REFUSALS = ("no_token", "bad_token", "bad_link", "not_permitted")
-_CONNECTION_REFUSALS = ("malformed", "slow_head", "large_head", "too_many")
-LIMITS = (
-    "requests_per_minute_per_address", "requests_per_minute_per_user", "downloads_per_user",
-    "downloads_total", "bytes_per_user_per_day",
-)  # fmt: skip
 _CLEANUP_RESULTS = ("deleted", "failed", "waiting")
 _GROUPS = (1, 2, 5, 10, 20, 50, 100, 200, 500)
 
@@ -111,7 +106,13 @@ class Metrics:
     What was noted after the last ``flush`` is not in ``exposition`` yet.
     """
 
-    def __init__(self, failure_reasons: Iterable[str], delivery_methods: Iterable[str]) -> None:
+    def __init__(
+        self,
+        failure_reasons: Iterable[str],
+        delivery_methods: Iterable[str],
+        connection_refusals: Iterable[str],
+        limits: Iterable[str],
+    ) -> None:
         self._registry = CollectorRegistry()
         self._own_registry: CollectorRegistry | None = None
         if _shared_folder is None:
@@ -165,10 +166,10 @@ class Metrics:
             "connections_refused_total",
             "Connections closed for what came over them, or did not",
             ("reason",),
-            _CONNECTION_REFUSALS,
+            connection_refusals,
         )
         self._limits_hit = self._counts(
-            "limits_hit_total", "Requests refused because of a limit", ("limit",), LIMITS
+            "limits_hit_total", "Requests refused because of a limit", ("limit",), limits
         )
         self._cleaned = self._counts(
             "cleanup_packages_total", "Expired packages that cleanups met", ("result",), _CLEANUP_RESULTS

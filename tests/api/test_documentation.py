@@ -21,7 +21,7 @@ from exportd.api.errors import ApiError, error_response
 from exportd.api.middleware import LIFECYCLE
 from exportd.auth.tokens import KeysUnavailable, Tokens
 from exportd.db.pool import Database, DatabaseUnavailable
-from tests.support.application import ADMIN, ANN, BASE, EVE, Jobs, Start, noise, until_idle
+from tests.support.application import ADMIN, ANN, BASE, EVE, Jobs, Start, ask_once, noise, until_idle
 from tests.support.openapi import check_answer, find_operation, operations, validate
 from tests.support.postgres import query
 
@@ -47,9 +47,13 @@ async def read_document(client: Client) -> Document:
         return document
 
 
-@pytest.fixture
-async def document(start: Start) -> Document:
-    return await read_document(await start())
+@pytest.fixture(scope="module")
+def document(server_dsn: str, tmp_path_factory: pytest.TempPathFactory) -> Document:
+    async def ask(client: Client, _: Jobs) -> str:
+        return json.dumps(await read_document(client))
+
+    found: Document = json.loads(ask_once(server_dsn, tmp_path_factory.mktemp("packages"), ask))
+    return found
 
 
 def test_the_document_is_valid(document: Document) -> None:

@@ -70,6 +70,7 @@ async def test_the_package_comes_whole_with_every_header(client: Client, jobs: J
     assert ended["method"] == sender
 
 
+@pytest.mark.usefixtures("sender")
 async def test_the_count_is_durable_before_the_next_answer_on_the_connection(
     client: Client, jobs: Jobs
 ) -> None:
@@ -97,6 +98,7 @@ async def test_the_count_is_durable_when_the_connection_closes(start: Start, job
     writer.close()
 
 
+@pytest.mark.usefixtures("sender")
 async def test_an_admin_may_and_counts_too(client: Client, jobs: Jobs, dsn: str) -> None:
     package = jobs.add()
     async with client.get(package.url, headers=ADMIN) as response:
@@ -136,6 +138,7 @@ async def test_head_answers_as_get_would_and_counts_nothing(client: Client, jobs
         ("items=0-1", 200, 0, SIZE),
     ],
 )
+@pytest.mark.usefixtures("sender")
 async def test_one_range(client: Client, jobs: Jobs, value: str, status: int, first: int, stop: int) -> None:
     package = jobs.add(noise(SIZE))
     async with client.get(package.url, headers={**ANN, "Range": value}) as response:
@@ -163,6 +166,7 @@ async def test_no_byte_in_the_range_is_416_and_keeps_the_connection(client: Clie
         assert response.headers.get("Connection") != "close"
 
 
+@pytest.mark.usefixtures("sender")
 async def test_an_empty_package_is_empty(client: Client, jobs: Jobs) -> None:
     package = jobs.add(b"")
     for value in ("bytes=0-0", "bytes=-1", "nonsense"):
@@ -398,6 +402,7 @@ async def test_last_modified_is_never_later_than_now(client: Client, jobs: Jobs)
         assert modified <= parsedate_to_datetime(response.headers["Date"])
 
 
+@pytest.mark.usefixtures("sender")
 async def test_the_package_is_never_encoded(client: Client, jobs: Jobs) -> None:
     package = jobs.add(b"a" * 100_000)
     async with client.get(package.url, headers={**ANN, "Accept-Encoding": "gzip, deflate, br"}) as response:

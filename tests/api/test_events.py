@@ -10,6 +10,7 @@ from typing import Any
 from uuid import UUID
 
 import pytest
+import structlog
 
 from exportd.api import events
 from exportd.api.events import HUB
@@ -18,6 +19,7 @@ from exportd.db import ledger
 from exportd.db.downloads import checkpoint_downloads
 from exportd.db.pool import Database
 from tests.db.test_ledger import event
+from tests.delivery.test_broken_deliveries import until
 from tests.support.application import ANN, BASE, Jobs, Package, Start, bearer, noise, until_idle
 from tests.support.postgres import query
 
@@ -278,15 +280,16 @@ async def test_one_look_serves_all_readers_and_none_is_made_without(
     assert len(looks) == before
 
 
-async def test_the_stream_outlives_a_database_that_is_away(
-    start: Start, jobs: Jobs, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_the_stream_outlives_a_database_that_is_away(start: Start, jobs: Jobs) -> None:
     client = await start()
     package = jobs.add()
-    async with watching(client, package) as stream:
-        await stream.next()
-        query(jobs.dsn, "ALTER TABLE export_jobs RENAME TO elsewhere")
-        await asyncio.sleep(0.1)
-        query(jobs.dsn, "ALTER TABLE elsewhere RENAME TO export_jobs")
-        change(jobs, package, "failure_reason = 'back'")
-        assert (await stream.next())[1]["failureReason"] == "back"
+    with structlog.testing.capture_logs() as logs:
+        async with watching(client, package) as stream:
+            await stream.next()
+            query(jobs.dsn, "ALTER TABLE export_jobs RENAME TO elsewhere")
+            await until(
+                "a look that fails", lambda: any(line["event"] == "job_events_delayed" for line in logs)
+            )
+            query(jobs.dsn, "ALTER TABLE elsewhere RENAME TO export_jobs")
+            change(jobs, package, "failure_reason = 'back'")
+            assert (await stream.next())[1]["failureReason"] == "back"

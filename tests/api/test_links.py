@@ -221,6 +221,7 @@ async def test_after_a_day_nothing_goes_on(start: Start, jobs: Jobs) -> None:
     assert await code_of(client, url, Range="bytes=2000000-") == DEAD
 
 
+@pytest.mark.usefixtures("sender")
 async def test_a_running_delivery_outlives_its_link(client: Client, jobs: Jobs) -> None:
     package = jobs.add(noise(30_000_000))
     url = await make(client, package)

@@ -11,10 +11,15 @@ import pytest
 from aiohttp.test_utils import TestClient
 
 from exportd.api import metrics
+from exportd.api.connection import Refusal
+from exportd.api.download import FAILURE_REASONS
 from exportd.api.lifecycle import Lifecycle
+from exportd.api.limits import Limit
 from exportd.api.middleware import LIFECYCLE
 from exportd.db.pool import DatabaseUnavailable
 from exportd.delivery import cold, response
+from exportd.delivery.outcome import METHODS
+from exportd.settings import LimitSettings
 from tests.delivery.test_broken_deliveries import SIZE, connect, request_bytes, until, until_idle
 from tests.support.application import ANN, BASE, EVE, Jobs, Start, noise
 from tests.support.postgres import query
@@ -57,6 +62,33 @@ async def test_a_download_is_told_from_start_to_end(client: Client, jobs: Jobs, 
     assert found['exportd_ledger_flush_seconds_count{result="written"}'] == 2
     assert found["exportd_ledger_flush_events_sum"] == 2
     assert found["exportd_ledger_waiting_events"] == 0
+
+
+SERIES = {
+    "downloads_failed_total": ("reason", FAILURE_REASONS),
+    "access_refused_total": ("reason", ("no_token", "bad_token", "bad_link", "not_permitted")),
+    "sent_bytes_total": ("method", METHODS),
+    "connections_refused_total": ("reason", Refusal),
+    "limits_hit_total": ("limit", Limit),
+    "cleanup_packages_total": ("result", ("deleted", "failed", "waiting")),
+}
+
+
+@pytest.mark.parametrize("counter", SERIES)
+async def test_a_counter_has_each_of_its_series_at_0_before_anything_happened(
+    start: Start, counter: str
+) -> None:
+    """An alert on the increase of a series that appears with its first event would miss that event."""
+    found = await scrape(await start())
+    label, values = SERIES[counter]
+    assert {name: value for name, value in found.items() if name.startswith(f"exportd_{counter}{{")} == {
+        f'exportd_{counter}{{{label}="{value}"}}': 0 for value in values
+    }
+
+
+def test_every_limit_of_the_settings_has_a_series() -> None:
+    # Connections over their limit are closed, and counted as refused connections.
+    assert {*Limit, "connections_per_address", "admins_exempt"} == set(LimitSettings.model_fields)
 
 
 async def test_requests_are_told_by_route_and_status_and_by_nothing_of_the_client(
@@ -104,6 +136,7 @@ async def test_every_route_has_a_name_of_its_own(client: Client) -> None:
     assert all(resource.name for resource in resources), [str(one) for one in resources if not one.name]
 
 
+@pytest.mark.usefixtures("sender")
 async def test_what_fails_before_the_first_byte_has_its_reason(client: Client, jobs: Jobs) -> None:
     missing, wrong, suspect = jobs.add(), jobs.add(), jobs.add(package_suspect_since="2026-01-01T00:00:00Z")
     missing.file.unlink()
@@ -147,6 +180,7 @@ async def test_a_client_that_stalls_has_its_reason(start: Start, jobs: Jobs) -> 
     assert failures(await scrape(client)) == {"stalled": 1}
 
 
+@pytest.mark.usefixtures("sender")
 async def test_a_package_that_changes_and_a_defect_have_their_reasons(
     client: Client, jobs: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,6 +204,7 @@ async def test_a_package_that_changes_and_a_defect_have_their_reasons(
     assert (await scrape(client))["exportd_downloads_in_flight"] == 0
 
 
+@pytest.mark.usefixtures("sender")
 async def test_slices_that_wait_for_the_disk_are_told_apart(
     client: Client, jobs: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -237,10 +237,15 @@ async def test_an_aborted_delivery_is_progress_as_far_as_it_went(database: Datab
     assert await count(database, job_id) == 1
 
 
-async def test_an_aborted_delivery_is_never_a_whole_one(database: Database) -> None:
+@pytest.mark.parametrize("outcome", ["aborted", "failed", "lost"])
+async def test_only_a_completed_delivery_is_whole(database: Database, outcome: str) -> None:
+    """Every byte was acknowledged, so the download counts; but by its progress, as parts would."""
     job_id, _ = await completed_job(database)
-    await record_downloads(database, [event(job_id, outcome="failed")])
-    assert not event(job_id, outcome="aborted").is_whole
+    ended = event(job_id, outcome=outcome)
+    assert not ended.is_whole
+    await record_downloads(database, [ended])
+    assert await count(database, job_id) == 1
+    assert event(job_id).is_whole
 
 
 async def test_a_delivery_of_which_nothing_can_be_trusted_is_no_progress(

@@ -24,6 +24,7 @@ Client = TestClient[Any, Any]
 
 # More than the sockets' buffers hold, so that a client that does not read stops the delivery.
 SIZE = 24_000_000
+WAIT_SECONDS = 30
 
 
 def request_bytes(package: Package, **fields: str) -> bytes:
@@ -43,10 +44,12 @@ async def connect(client: Client) -> socket.socket:
 
 
 async def until(what: str, condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(30):
-        while not condition():
-            await asyncio.sleep(0.005)
-    assert condition(), what
+    try:
+        async with asyncio.timeout(WAIT_SECONDS):
+            while not condition():
+                await asyncio.sleep(0.005)
+    except TimeoutError:
+        pytest.fail(f"waited {WAIT_SECONDS} s for {what}")
 
 
 async def read_to_end(connection: socket.socket) -> bytes:
@@ -76,6 +79,7 @@ def outcomes(jobs: Jobs) -> list[tuple[str, bool]]:
 
 
 @pytest.mark.parametrize("reset", [False, True], ids=["closed", "reset"])
+@pytest.mark.usefixtures("sender")
 async def test_a_client_that_leaves_ends_the_delivery_at_once(
     client: Client, jobs: Jobs, reset: bool
 ) -> None:
@@ -98,6 +102,13 @@ async def test_a_client_that_leaves_ends_the_delivery_at_once(
     assert 0 < ended["bytes_sent"] < SIZE
 
 
+async def test_waiting_in_vain_names_what_was_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "WAIT_SECONDS", 0.01)
+    with pytest.raises(pytest.fail.Exception, match="for the first bytes"):
+        await until("the first bytes", lambda: False)
+
+
+@pytest.mark.usefixtures("sender")
 async def test_a_client_that_does_not_read_holds_back_the_delivery(client: Client, jobs: Jobs) -> None:
     package = jobs.add(noise(SIZE))
     connection = await connect(client)
@@ -140,6 +151,7 @@ def overwrite_the_end(file: Path) -> None:
 
 
 @pytest.mark.parametrize("spoil", [truncate, append, overwrite_the_end])
+@pytest.mark.usefixtures("sender")
 async def test_a_file_that_is_written_to_ends_the_connection_short(
     client: Client, jobs: Jobs, spoil: Callable[[Path], None]
 ) -> None:
@@ -171,6 +183,7 @@ async def test_a_file_that_is_written_to_ends_the_connection_short(
         assert await response.read() == package.content
 
 
+@pytest.mark.usefixtures("sender")
 async def test_a_file_that_is_unlinked_renamed_or_locked_up_is_still_the_package(
     client: Client, jobs: Jobs
 ) -> None:
@@ -242,6 +255,7 @@ async def test_a_kernel_that_refuses_sendfile_loses_and_doubles_no_byte(
     assert [entry["method"] for entry in logs if entry["event"] == "download_completed"] == ["chunks"]
 
 
+@pytest.mark.usefixtures("sender")
 async def test_no_descriptor_left_is_an_error_before_any_header(
     client: Client, jobs: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -278,6 +292,7 @@ async def test_a_defect_while_sending_closes_the_connection_and_sends_no_second_
 
 
 @pytest.mark.fresh_database
+@pytest.mark.usefixtures("sender")
 async def test_a_record_that_fails_sends_no_second_answer(client: Client, jobs: Jobs) -> None:
     package = jobs.add(noise(5000))
     query(jobs.dsn, "DROP TABLE download_events")
@@ -316,6 +331,7 @@ async def test_chunks_are_read_in_a_thread_where_the_kernel_cannot_promise_not_t
         assert await response.read() == package.content
 
 
+@pytest.mark.usefixtures("sender")
 async def test_a_cancelled_download_is_recorded_before_it_ends(client: Client, jobs: Jobs) -> None:
     package = jobs.add(noise(SIZE))
     connection = await connect(client)
@@ -330,6 +346,7 @@ async def test_a_cancelled_download_is_recorded_before_it_ends(client: Client, j
     connection.close()
 
 
+@pytest.mark.usefixtures("sender")
 async def test_many_at_once_do_not_disturb_each_other(client: Client, jobs: Jobs) -> None:
     packages = [jobs.add(noise(1_000_000 + number)) for number in range(5)]
 

@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from aiohttp.test_utils import TestClient
+import uvloop
+from aiohttp import web
+from aiohttp.test_utils import TestClient, TestServer
 
 from exportd.api.middleware import LIFECYCLE
 from exportd.app import make_app
 from exportd.auth.tokens import Claims, Tokens
 from exportd.settings import Settings
-from tests.support.postgres import query
+from tests.support.postgres import migrated_database, query
 
 SECRET = "a secret for the tests, 32 bytes long"
 BASE = "/api/tool-registry/export-jobs"
@@ -93,9 +95,39 @@ def jobs(dsn: str, storage: Path) -> Jobs:
 
 @pytest.fixture(params=["sendfile", "chunks"])
 def sender(request: pytest.FixtureRequest) -> str:
-    """The way of delivery; tests assert that it is the one that ran."""
+    """The way of delivery. A test that takes it runs by each way, and so does its ``client``."""
     name: str = request.param
     return name
+
+
+def make_test_app(dsn: str, storage: Path, **sections: dict[str, object]) -> web.Application:
+    """The application; ``sections`` change its settings."""
+    document = {
+        "data_dir": str(storage.parent),
+        "storage": {"root": str(storage)},
+        "auth": {"secret": SECRET},
+        **sections,
+    }
+    return make_app(Settings.model_validate(document, strict=False), dsn)
+
+
+def skip_missed_cleanup(dsn: str) -> None:
+    """Otherwise the application starts with a cleanup, which logs and locks beside the test."""
+    query(dsn, "INSERT INTO exportd_cleanup_runs SELECT gen_random_uuid(), now(), now(), 0, 0, 0, 0, 0")
+
+
+def ask_once(
+    server_dsn: str, folder: Path, ask: Callable[[TestClient[Any, Any], Jobs], Awaitable[str]]
+) -> str:
+    """What ``ask`` returns of an application of its own: a text that a fixture reads once for many tests."""
+
+    async def run(dsn: str) -> str:
+        async with TestClient(TestServer(make_test_app(dsn, folder))) as client:
+            return await ask(client, Jobs(dsn, folder))
+
+    with migrated_database(server_dsn) as dsn:
+        skip_missed_cleanup(dsn)
+        return uvloop.run(run(dsn))
 
 
 Start = Callable[..., Awaitable[TestClient[Any, Any]]]
@@ -109,19 +141,8 @@ async def start(
 
     async def start(**sections: dict[str, object]) -> TestClient[Any, Any]:
         if "retention" not in sections:
-            # No missed cleanup to make up for, which would log and lock beside the test.
-            query(
-                dsn,
-                "INSERT INTO exportd_cleanup_runs SELECT gen_random_uuid(), now(), now(), 0, 0, 0, 0, 0",
-            )
-        document = {
-            "data_dir": str(storage.parent),
-            "storage": {"root": str(storage)},
-            "auth": {"secret": SECRET},
-            **sections,
-        }
-        settings = Settings.model_validate(document, strict=False)
-        client = await aiohttp_client(make_app(settings, dsn), auto_decompress=False)
+            skip_missed_cleanup(dsn)
+        client = await aiohttp_client(make_test_app(dsn, storage, **sections), auto_decompress=False)
         # aiohttp's test server cancels a handler whose client leaves; the real one does not.
         client.server.handler.handler_cancellation = False
         return client
@@ -130,8 +151,10 @@ async def start(
 
 
 @pytest.fixture
-async def client(start: Start, sender: str) -> TestClient[Any, Any]:
-    return await start(download={"sendfile": sender == "sendfile"})
+async def client(request: pytest.FixtureRequest, start: Start) -> TestClient[Any, Any]:
+    """Of an application that sends by sendfile, unless the test takes ``sender``."""
+    by_chunks = "sender" in request.fixturenames and request.getfixturevalue("sender") == "chunks"
+    return await start(download={"sendfile": not by_chunks})
 
 
 def noise(size: int) -> bytes:

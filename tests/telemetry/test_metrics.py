@@ -24,7 +24,7 @@ def shown(noted: Metrics, packages: dict[str, tuple[int, int]] | None = None) ->
 
 @pytest.fixture
 def noted() -> Metrics:
-    return Metrics(["missing", "stalled"], ["sendfile", "chunks"])
+    return Metrics(["missing", "stalled"], ["sendfile", "chunks"], [], [])
 
 
 def test_a_distribution_says_what_the_library_would(noted: Metrics) -> None:
@@ -128,7 +128,7 @@ def test_the_process_is_measured(noted: Metrics) -> None:
 def test_shed_lines_are_counted_from_the_start_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     shed = 100
     monkeypatch.setattr(metrics, "shed_lines", lambda: shed)
-    noted = Metrics([], [])
+    noted = Metrics([], [], [], [])
     assert shown(noted)["exportd_log_lines_shed_total"] == 0
     shed = 107
     assert shown(noted)["exportd_log_lines_shed_total"] == 7
@@ -136,7 +136,7 @@ def test_shed_lines_are_counted_from_the_start_of_the_process(monkeypatch: pytes
 
 
 def test_two_applications_do_not_meet(noted: Metrics) -> None:
-    other = Metrics([], [])
+    other = Metrics([], [], [], [])
     noted.download_started()
     assert shown(other)["exportd_downloads_in_flight"] == 0
 
@@ -176,7 +176,7 @@ def test_a_shared_folder_lasts_as_long_as_its_block(sharing: object) -> None:
         folder = metrics._shared_folder
         assert folder is not None
         assert folder.stat().st_mode & 0o077 == 0
-        noted = Metrics([], ["chunks"])
+        noted = Metrics([], ["chunks"], [], [])
         noted.bytes_sent("chunks", 5)
         noted.download_started()
         forget_dead_processes()  # this one lives
