@@ -12,6 +12,7 @@ from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect, 
 
 from tests.support.application import Jobs, bearer
 from tests.support.daemon import Daemon, Exportd
+from tests.support.postgres import ReusedDatabase
 from tests.support.programs import require
 
 expect.set_options(timeout=45_000)
@@ -50,13 +51,41 @@ def browser(request: pytest.FixtureRequest) -> Iterator[Browser]:
         browser.close()
 
 
-class Site:
-    """A daemon, its jobs, and visitors. What no page may do is looked at when a test ends."""
+class Daemons:
+    """Daemons on one database and data folder, one for each configuration."""
 
-    def __init__(self, exportd: Exportd, browser: Browser) -> None:
+    def __init__(self, exportd: Exportd) -> None:
         exportd.storage.mkdir(parents=True, exist_ok=True)
         exportd.leave_uncovered()
         self.exportd = exportd
+        self._running: dict[tuple[object, ...], Daemon] = {}
+
+    def start(self, options: tuple[object, ...], environ: dict[str, str]) -> Daemon:
+        """A daemon that runs already, or a new one."""
+        key = (*options, *sorted(environ.items()))
+        daemon = self._running.get(key)
+        if daemon is None or daemon.process.poll() is not None:
+            daemon = self._running[key] = self.exportd.serve(*options, **environ)
+        daemon.skip_log()
+        return daemon
+
+
+@pytest.fixture(scope="module")
+def shared_daemons(
+    server_dsn: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Daemons, ReusedDatabase]]:
+    database = ReusedDatabase(server_dsn)
+    exportd = Exportd(tmp_path_factory.mktemp("site"), database.dsn)
+    yield Daemons(exportd), database
+    exportd.close()
+
+
+class Site:
+    """A daemon, its jobs, and visitors. What no page may do is looked at when a test ends."""
+
+    def __init__(self, daemons: Daemons, browser: Browser) -> None:
+        self._daemons = daemons
+        exportd = self.exportd = daemons.exportd
         self.jobs = Jobs(exportd.dsn, exportd.storage)
         self.daemon: Daemon | None = None
         self.expected_errors: list[str] = []
@@ -66,7 +95,7 @@ class Site:
         self._addresses: list[str] = []
 
     def start(self, *options: object, **environ: str) -> Daemon:
-        self.daemon = self.exportd.serve(*options, **environ)
+        self.daemon = self._daemons.start(options, environ)
         self.origin = self.daemon.url
         return self.daemon
 
@@ -107,10 +136,18 @@ class Site:
 
 
 @pytest.fixture
-def site(exportd: Exportd, browser: Browser) -> Iterator[Site]:
-    site = Site(exportd, browser)
-    yield site
-    site.close()
+def site(request: pytest.FixtureRequest, browser: Browser) -> Iterator[Site]:
+    """Its daemons go on for the module's next test, unless the test is marked ``fresh_database``."""
+    if request.node.get_closest_marker("fresh_database"):
+        site = Site(Daemons(request.getfixturevalue("exportd")), browser)
+        yield site
+        site.close()
+    else:
+        daemons, database = request.getfixturevalue("shared_daemons")
+        site = Site(daemons, browser)
+        yield site
+        site.close()
+        database.empty(terminate=False)
 
 
 def token(user: str, role: str | None = None, ttl_seconds: int = 600) -> str:

@@ -13,6 +13,8 @@ from tests.page.conftest import Site, open_dialog, row, token
 from tests.support.application import noise
 from tests.support.postgres import query
 
+pytestmark = pytest.mark.slow
+
 PHONE = {"viewport": {"width": 360, "height": 740}, "has_touch": True}
 LOOKS: dict[str, dict[str, Any]] = {
     "light": {"color_scheme": "light"},

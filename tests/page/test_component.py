@@ -14,6 +14,8 @@ from tests.page.conftest import Site, digest_of, saved_digest, token
 from tests.support.application import noise
 from tests.support.postgres import query
 
+pytestmark = pytest.mark.slow
+
 # The tab that becomes a download is to close by itself.
 WHOLE_CHROMIUM = True
 ROOT = Path(__file__).parent.parent.parent

@@ -5,6 +5,7 @@ import signal
 import subprocess
 from pathlib import Path
 
+import pytest
 from playwright.sync_api import Locator, Page, expect
 
 from tests.page.conftest import Site, digest_of, open_dialog, row, saved_digest, token
@@ -13,6 +14,8 @@ from tests.support.daemon import wait_for
 from tests.support.postgres import query
 from tests.support.programs import require
 from tests.support.proxy import CuttingProxy
+
+pytestmark = pytest.mark.slow
 
 # With its own download manager.
 WHOLE_CHROMIUM = True
@@ -67,7 +70,7 @@ def test_the_browser_downloads_and_the_server_tells_of_it(site: Site) -> None:
     assert site.jobs.counts(package)[0] == 1
     # The page stayed where it was, and no link is in its address or in the log.
     assert page.url == f"{site.origin}/"
-    assert "ticket" not in (site.exportd.folder / "daemon-0.log").read_text()
+    assert "ticket" not in site.daemon.output.read_text()
 
 
 def test_a_browsers_download_that_stops_is_told_and_goes_on(site: Site) -> None:
@@ -266,6 +269,7 @@ def test_a_lost_connection_is_waited_for(site: Site) -> None:
     assert site.jobs.counts(package)[0] == 1
 
 
+@pytest.mark.fresh_database
 def test_a_daemon_that_restarts_is_waited_for(site: Site) -> None:
     package = site.jobs.add(noise(SIZE))
     daemon = site.start(**SLOW)

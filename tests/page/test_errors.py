@@ -10,6 +10,8 @@ from tests.page.conftest import Site, open_dialog, row, token
 from tests.support.application import noise
 from tests.support.postgres import query
 
+pytestmark = pytest.mark.slow
+
 BUTTON = "Download package"
 
 
@@ -87,6 +89,7 @@ def test_an_export_that_failed_says_why_and_can_be_tried_again(site: Site) -> No
     expect(dialog.get_by_text("Waiting to be made")).to_be_visible()
 
 
+@pytest.mark.fresh_database
 def test_where_exports_cannot_be_repeated_this_is_said(site: Site) -> None:
     site.jobs.add(b"", status="failed", package_path=None)
     query(site.exportd.dsn, "ALTER TABLE export_jobs ADD COLUMN owned_by text NOT NULL DEFAULT 'app'")
@@ -177,6 +180,7 @@ def test_a_dead_link_is_a_page_in_words(site: Site) -> None:
     expect(page.get_by_role("main")).to_contain_text("The download link has expired, was revoked")
 
 
+@pytest.mark.fresh_database
 def test_what_is_not_known_is_told_with_its_request(site: Site) -> None:
     site.jobs.add(noise(1000))
     page = site.visit()

@@ -7,12 +7,15 @@ import sys
 import uuid
 from datetime import datetime, timedelta
 
+import pytest
 from playwright.sync_api import Page, expect
 
 from tests.page.conftest import Site, digest_of, open_dialog, row, token
 from tests.support.application import noise
 from tests.support.daemon import wait_for
 from tests.support.postgres import query
+
+pytestmark = pytest.mark.slow
 
 UNDER_WAY = {"package_path": None, "completed_at": None, "package_size_bytes": None, "package_sha256": None}
 
@@ -109,6 +112,7 @@ def test_loading_is_seen(site: Site) -> None:
     expect(page.locator(".skeleton")).to_have_count(3)
 
 
+@pytest.mark.fresh_database
 def test_a_service_that_is_away_is_told_and_comes_back(site: Site) -> None:
     site.jobs.add(noise(10))
     daemon = site.start()
@@ -159,6 +163,7 @@ def test_a_link_to_one_export_opens_it(site: Site) -> None:
     expect(page.get_by_text("There is no such export. It may have been removed.")).to_be_visible()
 
 
+@pytest.mark.fresh_database
 def test_the_dialog_is_there_from_waiting_to_downloaded(site: Site) -> None:
     """The real thing: the packer makes it, the browser saves it."""
     exports = site.exportd.folder / "exports"
@@ -187,6 +192,7 @@ def test_the_dialog_is_there_from_waiting_to_downloaded(site: Site) -> None:
     expect(dialog.get_by_text("Downloaded.", exact=True)).to_be_visible()
 
 
+@pytest.mark.fresh_database
 def test_the_demos_address_shows_what_can_be_tried(site: Site) -> None:
     output = site.exportd.folder / "demo.log"
     command = [sys.executable, "-m", "exportd", "demo"]

@@ -2,11 +2,14 @@
 
 import json
 
+import pytest
 from playwright.sync_api import expect
 
 from exportd.http.sizes import format_size
 from tests.page.conftest import Site, row, token
 from tests.support.application import noise
+
+pytestmark = pytest.mark.slow
 
 
 def test_the_token_leaves_the_address_and_lives_with_the_tab(site: Site) -> None:

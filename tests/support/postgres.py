@@ -81,8 +81,8 @@ def _fresh_dsn(server_dsn: str) -> Iterator[str]:
         yield dsn
 
 
-class _WorkerDatabase:
-    """The database that the tests of one worker use one after the other."""
+class ReusedDatabase:
+    """A migrated database that several tests use one after the other."""
 
     def __init__(self, server_dsn: str) -> None:
         self._server_dsn = server_dsn
@@ -94,11 +94,12 @@ class _WorkerDatabase:
             self._schema = _fetch(cursor, _DESCRIBE_SCHEMA)
             self._empty = ";".join(f"DELETE FROM {table}" for (table,) in _fetch(cursor, _LIST_TABLES))
 
-    def empty(self) -> None:
-        """Ends what the test left running and deletes every row. Fails where the test changed more."""
+    def empty(self, *, terminate: bool) -> None:
+        """Deletes every row; ``terminate``: and ends every connection. Fails where the test changed more."""
         try:
             with _admin(self.dsn) as cursor:
-                cursor.execute(_TERMINATE_OTHERS)
+                if terminate:
+                    cursor.execute(_TERMINATE_OTHERS)
                 changed = set(self._schema) ^ set(_fetch(cursor, _DESCRIBE_SCHEMA))
                 if not changed:
                     cursor.execute(self._empty)
@@ -110,14 +111,14 @@ class _WorkerDatabase:
 
 
 @pytest.fixture(scope="session")
-def _worker_database(server_dsn: str) -> _WorkerDatabase:
-    return _WorkerDatabase(server_dsn)
+def _worker_database(server_dsn: str) -> ReusedDatabase:
+    return ReusedDatabase(server_dsn)
 
 
 @pytest.fixture
-def _emptied_dsn(_worker_database: _WorkerDatabase) -> Iterator[str]:
+def _emptied_dsn(_worker_database: ReusedDatabase) -> Iterator[str]:
     yield _worker_database.dsn
-    _worker_database.empty()
+    _worker_database.empty(terminate=True)
 
 
 def migrated_database(server_dsn: str) -> AbstractContextManager[str]:
