@@ -17,6 +17,8 @@ from tests.support.daemon import Daemon, Exportd
 from tests.support.openapi import check_answer, operations
 from tests.support.programs import require
 
+pytestmark = pytest.mark.slow
+
 TOKEN = ANN["Authorization"].removeprefix("Bearer ")
 
 

@@ -232,6 +232,7 @@ def test_clients_save_under_the_right_name(
     assert saved["wget"] in (plain, extended)
 
 
+@pytest.mark.slow
 async def test_chromium_saves_under_the_right_names(exportd: Exportd, tmp_path: Path) -> None:
     from playwright.async_api import async_playwright
 

@@ -19,6 +19,8 @@ from tests.support.daemon import Daemon, Exportd, wait_for
 from tests.support.postgres import query
 from tests.support.programs import require
 
+pytestmark = pytest.mark.slow
+
 DEPLOY = Path(__file__).parent.parent.parent / "deploy"
 DEPLOYMENT = (DEPLOY.parent / "docs" / "deployment.md").read_text()
 GIB = 1024**3

@@ -11,6 +11,8 @@ from tests.support.daemon import Daemon, Exportd, wait_for
 from tests.support.postgres import query
 from tests.support.programs import require
 
+pytestmark = pytest.mark.slow
+
 RATE = 20_000_000
 SIZE = 2_000_000_000
 

@@ -81,7 +81,7 @@ def jobs(exportd: Exportd, dsn: str) -> Jobs:
     return Jobs(dsn, exportd.storage)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3))])
 def test_a_resume_after_a_kill_at_any_moment_is_one_download(
     exportd: Exportd, jobs: Jobs, dsn: str, seed: int
 ) -> None:

@@ -6,6 +6,8 @@ import resource
 import signal
 from pathlib import Path
 
+import pytest
+
 from tests.integration.test_main_job import SlowDownload, get, path_of
 from tests.integration.test_workers import large_source, worker_at, workers_of
 from tests.support.application import ANN
@@ -162,6 +164,7 @@ def test_what_a_dead_worker_counted_stays_and_what_it_held_goes(exportd: Exportd
     assert daemon.stop() == 0
 
 
+@pytest.mark.slow
 def test_reloads_leave_no_file_behind(exportd: Exportd, large_source: Path, tmp_path: Path) -> None:
     published = exportd.publish(large_source)
     temporary = tmp_path / "tmp"

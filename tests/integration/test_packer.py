@@ -345,6 +345,7 @@ def test_no_packer_outlives_its_daemon(exportd: Exportd, exports: Path, workers:
     wait_for("the packer to end", lambda: not packer.is_running() or packer.status() == psutil.STATUS_ZOMBIE)
 
 
+@pytest.mark.slow
 def test_a_database_that_is_away_for_a_while_costs_nothing(
     exportd: Exportd, exports: Path, start_packer: Any
 ) -> None:

@@ -6,9 +6,13 @@ import sys
 import urllib.request
 from pathlib import Path
 
+import pytest
+
 from tests.support.application import ANN, Jobs, noise
 from tests.support.daemon import Exportd
 from tests.support.scrape import samples_of
+
+pytestmark = pytest.mark.slow
 
 TESTS = Path(__file__).parent.parent
 

@@ -148,6 +148,7 @@ def test_workers_share_the_embedded_database_and_the_parent_stops_it(
         exportd.close()
 
 
+@pytest.mark.slow
 def test_workers_that_have_hardly_begun_hear_that_they_shall_stop(exportd: Exportd) -> None:
     for _ in range(3):
         daemon = exportd.serve("--workers", 3, EXPORTD_SERVER__DRAIN_TIMEOUT_SECONDS="1000")
