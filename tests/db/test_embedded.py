@@ -70,6 +70,39 @@ def test_only_its_owner_can_enter_the_folder(tmp_path: Path) -> None:
         assert query(dsn, "SHOW listen_addresses") == [("",)]
 
 
+@pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])
+def test_no_other_user_can_list_the_data_folder_or_hold_its_lock(tmp_path: Path, umask: int) -> None:
+    home = tmp_path / "home"
+    home.mkdir(mode=0o700)
+    before = os.umask(umask)
+    try:
+        process, dsn = start(home / "parent" / "data")
+    finally:
+        os.umask(before)
+    assert is_up(dsn)
+    is_root = os.geteuid() == 0
+    assert stat.S_IMODE(home.stat().st_mode) == (0o711 if is_root else 0o700)
+    data = home / "parent" / "data"
+    assert stat.S_IMODE(data.stat().st_mode) == (0o711 if is_root else 0o700)
+    assert stat.S_IMODE((data / "postgres.lock").stat().st_mode) == 0o600
+    assert stat.S_IMODE((data / "postgres").stat().st_mode) == 0o700
+    leave(process)
+
+
+def test_a_start_locks_no_file_outside_the_data_folder(tmp_path: Path) -> None:
+    """The lock of another user, in the temporary folder, would keep the server from starting."""
+    program = (
+        "import sys; from pathlib import Path; from exportd.db.embedded import _import_pgserver\n"
+        "print(_import_pgserver(Path(sys.argv[1])).PostgresServer._lock.path.decode())"
+    )
+    # With such a parent, platformdirs would choose a folder elsewhere.
+    tmp_path.chmod(0o777)
+    done = subprocess.run(
+        [sys.executable, "-c", program, tmp_path / "data"], capture_output=True, text=True, check=True
+    )
+    assert Path(done.stdout.strip()).is_relative_to(tmp_path)
+
+
 def test_a_path_too_long_for_a_socket_is_refused(tmp_path: Path) -> None:
     with (
         pytest.raises(EmbeddedServerError, match="too long"),
