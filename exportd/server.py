@@ -90,8 +90,8 @@ def serve(
         if companion:
             stack.enter_context(_accompanied(companion))
 
-        def make_runner() -> _DrainingRunner:
-            return _DrainingRunner(make_app(), drain_timeout_seconds, limits)
+        def make_runner() -> DrainingRunner:
+            return DrainingRunner(make_app(), drain_timeout_seconds, limits)
 
         def started() -> None:
             _notify("READY=1")
@@ -126,7 +126,7 @@ def run_until_stopped(work: Coroutine[Any, Any, None], *, ends_with_stdin: bool)
     uvloop.run(run())
 
 
-class _DrainingRunner(web.AppRunner):
+class DrainingRunner(web.AppRunner):
     """A runner whose clean-up first lets running requests finish."""
 
     def __init__(self, app: web.Application, drain_timeout_seconds: float, limits: ConnectionLimits) -> None:
@@ -166,7 +166,7 @@ class _DrainingRunner(web.AppRunner):
 
 
 async def _serve(
-    make_runner: Callable[[], _DrainingRunner],
+    make_runner: Callable[[], DrainingRunner],
     listener: Listener,
     sockets: list[socket.socket],
     on_hangup: Callable[[], None],
@@ -190,7 +190,7 @@ async def _serve(
 
 
 def _serve_by_workers(
-    make_runner: Callable[[], _DrainingRunner],
+    make_runner: Callable[[], DrainingRunner],
     listener: Listener,
     sockets: list[socket.socket],
     workers: int,

@@ -36,11 +36,11 @@ def load_api_docs(router: web.UrlDispatcher) -> Assets:
     return assets | {_DOCUMENT: make_asset(_DOCUMENT, orjson.dumps(describe_api(router)))}
 
 
-async def show_api_docs(request: web.Request) -> web.Response:
+async def show_api_docs(request: web.Request) -> web.StreamResponse:
     """Swagger UI's page."""
-    return send_asset(request, request.app[API_DOCS], _PAGE, _HEADERS)
+    return await send_asset(request, request.app[API_DOCS], _PAGE, _HEADERS)
 
 
-async def show_api_docs_asset(request: web.Request) -> web.Response:
+async def show_api_docs_asset(request: web.Request) -> web.StreamResponse:
     """The document, and what the page is made of."""
-    return send_asset(request, request.app[API_DOCS], request.match_info["name"], _HEADERS)
+    return await send_asset(request, request.app[API_DOCS], request.match_info["name"], _HEADERS)

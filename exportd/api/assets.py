@@ -1,5 +1,6 @@
 """Files of the pages, kept in memory: small, the same on every node, and asked for again each time."""
 
+import contextlib
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ CONTENT_TYPES = {
 }
 
 
+_PIECE_BYTES = 65536
+
+
 @dataclass(frozen=True, slots=True)
 class Asset:
     """``etag`` is quoted, and of the content."""
@@ -38,7 +42,9 @@ def make_asset(name: str, body: bytes) -> Asset:
     return Asset(body, CONTENT_TYPES[Path(name).suffix], entity_tag(hashlib.sha256(body).hexdigest()))
 
 
-def send_asset(request: web.Request, assets: Assets, name: str, headers: Mapping[str, str]) -> web.Response:
+async def send_asset(
+    request: web.Request, assets: Assets, name: str, headers: Mapping[str, str]
+) -> web.StreamResponse:
     """The asset of that name, or 304 where the client has it. Raises RouteNotFound."""
     asset = assets.get(name)
     if asset is None:
@@ -48,4 +54,13 @@ def send_asset(request: web.Request, assets: Assets, name: str, headers: Mapping
     fields = request.headers.getall("If-None-Match", None)
     if check_if_none_match(None if fields is None else ", ".join(fields), asset.etag) is False:
         return web.Response(status=304, headers=headers)
-    return web.Response(body=asset.body, headers={**headers, "Content-Type": asset.content_type})
+    response = web.StreamResponse(headers={**headers, "Content-Type": asset.content_type})
+    response.content_length = len(asset.body)
+    if request.method == "HEAD":
+        return response
+    # Written as a whole, a megabyte would wait in the memory for each client that does not read.
+    with contextlib.suppress(ConnectionError):
+        await response.prepare(request)
+        for start in range(0, len(asset.body), _PIECE_BYTES):
+            await response.write(asset.body[start : start + _PIECE_BYTES])
+    return response

@@ -4,12 +4,13 @@ import asyncio
 import secrets
 import time
 from collections import Counter
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, cast
 
 import structlog
-from aiohttp import web
+from aiohttp import HttpVersion10, HttpVersion11, web
 from aiohttp.http_exceptions import LineTooLong
 from aiohttp.web_protocol import RequestHandler
 
@@ -17,12 +18,14 @@ from exportd.api.errors import (
     ApiError,
     BadRequest,
     HeadersTooLarge,
+    HttpVersionNotSupported,
     InternalError,
     RateLimited,
     error_response,
 )
 from exportd.api.limits import LIMITER, PROXIES
 from exportd.api.middleware import METRICS, common_headers
+from exportd.api.stall import StallGuard, wait_until_handed_over
 from exportd.http.forwarded import parse_address, subscriber
 
 log = structlog.get_logger()
@@ -30,6 +33,7 @@ log = structlog.get_logger()
 _LONGEST_LINE = 8190
 _MOST_FIELDS = 100
 _LARGEST_HEAD = 65536
+_VERSIONS = (HttpVersion11, HttpVersion10)
 # A body that nobody asked for is read and thrown away for this long, so that its sender sees the answer.
 _LINGERING_SECONDS = 2.0
 _BETWEEN_WARNINGS_SECONDS = 60.0
@@ -53,6 +57,7 @@ class ConnectionLimits:
     connections_per_address: int
     head_timeout_seconds: float
     keepalive_timeout_seconds: float
+    stall_timeout_seconds: float
 
 
 class ConnectionServer(web.Server):
@@ -112,9 +117,10 @@ class ConnectionServer(web.Server):
 
 
 class Connection(RequestHandler):
-    """aiohttp's connection, with a limit on the time and the size of a request's head."""
+    """aiohttp's connection: limits the time and the size of a request's head, answers each request once, and
+    ends when its client takes nothing."""
 
-    __slots__ = ("_address", "_head_bytes", "_head_timer", "_server")
+    __slots__ = ("_address", "_head_bytes", "_head_timer", "_server", "_stall_guard")
 
     def __init__(self, server: ConnectionServer, **options: Any) -> None:
         super().__init__(server, **options)
@@ -122,6 +128,7 @@ class Connection(RequestHandler):
         self._address: str | None = None
         self._head_timer: asyncio.TimerHandle | None = None
         self._head_bytes = 0
+        self._stall_guard: StallGuard | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         address = str((transport.get_extra_info("peername") or [""])[0])
@@ -131,10 +138,14 @@ class Connection(RequestHandler):
             return
         self._address = address
         super().connection_made(transport)
+        seconds = self._server.limits.stall_timeout_seconds
+        self._stall_guard = StallGuard(cast(asyncio.Transport, transport), seconds)
         self._expect_head()
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self._head_came()
+        if self._stall_guard is not None:
+            self._stall_guard.close()
         if self._address is not None:
             self._server.left(self._address)
             self._address = None
@@ -167,6 +178,42 @@ class Connection(RequestHandler):
             self._server.refused(reason)
             self.force_close()
 
+    async def _handle_request(
+        self,
+        request: web.BaseRequest,
+        start_time: float | None,
+        request_handler: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]],
+    ) -> tuple[web.StreamResponse, bool]:
+        transport, guard = self.transport, self._stall_guard
+        if transport is None or guard is None:
+            raise ConnectionResetError("the client has left")
+        if request._version not in _VERSIONS:
+            # aiohttp 3.14 keeps what its property returns first, and writes it into the answer.
+            request._version = HttpVersion11
+            request_handler = self._refuse_version
+        with guard:
+            answered = await super()._handle_request(request, start_time, request_handler)
+            # A client that sends many requests and reads no answer would fill the memory.
+            await wait_until_handed_over(transport)
+            return answered
+
+    async def finish_response(
+        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> tuple[web.StreamResponse, bool]:
+        # The handler, a middleware or a signal failed after the headers. A client would read another answer
+        # as the rest of the first one; a proxy as the answer to the next request, maybe another user's.
+        if request.writer.output_size > 0 and not (isinstance(resp, web.StreamResponse) and resp.prepared):
+            self._abort()
+            return resp, True
+        return await super().finish_response(request, resp, start_time)
+
+    def _abort(self) -> None:
+        """Closes the connection at once; bytes that are not sent yet are dropped."""
+        self._force_close = True
+        if self.transport is not None:
+            self.transport.abort()
+        log.error("response_aborted")
+
     def handle_error(
         self,
         request: web.BaseRequest,
@@ -175,19 +222,20 @@ class Connection(RequestHandler):
         message: str | None = None,
     ) -> web.StreamResponse:
         """The answer to what is no request, in our envelope. What came is not logged: it may hold a token."""
+        if request.writer.output_size > 0:
+            self._abort()
+            raise ConnectionError("an answer is under way already")
         error: ApiError
         if status == 500:
             log.error("request_failed", exc_info=exc)
             error = InternalError()
         else:
             error = self._malformed(request.remote or "", exc)
-        if request.writer.output_size > 0:
-            raise ConnectionError("an answer is under way already")
-        request_id = secrets.token_hex(16)
-        response = error_response(error, request_id)
-        response.headers.update(common_headers(request_id))
-        response.force_close()
-        return response
+        return _last_answer(error)
+
+    async def _refuse_version(self, request: web.BaseRequest) -> web.StreamResponse:
+        error = self._malformed(request.remote or "", None)
+        return _last_answer(error if isinstance(error, RateLimited) else HttpVersionNotSupported())
 
     def _malformed(self, address: str, exc: BaseException | None) -> ApiError:
         """Notes what is no HTTP; it counts as a request of its address."""
@@ -201,7 +249,18 @@ class Connection(RequestHandler):
                 limiter.check_address(address)
         except RateLimited as error:
             return error
-        return HeadersTooLarge() if _is_too_large(exc) else BadRequest()
+        if _is_too_large(exc):
+            return HeadersTooLarge()
+        return HttpVersionNotSupported() if "Invalid HTTP version" in str(exc) else BadRequest()
+
+
+def _last_answer(error: ApiError) -> web.Response:
+    """The answer to what does not reach the edge; the connection ends with it."""
+    request_id = secrets.token_hex(16)
+    response = error_response(error, request_id)
+    response.headers.update(common_headers(request_id))
+    response.force_close()
+    return response
 
 
 def _is_too_large(exc: BaseException | None) -> bool:

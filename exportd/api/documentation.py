@@ -24,6 +24,7 @@ from exportd.api.errors import (
     DatabaseIsUnavailable,
     ExpectationFailed,
     HeadersTooLarge,
+    HttpVersionNotSupported,
     InternalError,
     MethodNotAllowed,
     RouteNotFound,
@@ -53,7 +54,14 @@ _HTML = "text/html"
 # The edge makes a page of what handlers raise, and not of these.
 _NEVER_A_PAGE = {
     error.code
-    for error in (BadRequest, HeadersTooLarge, ExpectationFailed, InternalError, DatabaseIsUnavailable)
+    for error in (
+        BadRequest,
+        HeadersTooLarge,
+        HttpVersionNotSupported,
+        ExpectationFailed,
+        InternalError,
+        DatabaseIsUnavailable,
+    )
 }
 _SHAPES = {
     error: error_shape(error.__name__, error.code, error().message, error.example_extra)

@@ -294,9 +294,11 @@ async def _deliver_recorded(
     with ledger.checkpoints(lambda: describe("running", None, None), lambda: progress.bytes_sent):
         delivery = await _deliver_counted(request, response, package, segments, progress, entry)
         event = describe(delivery.outcome, delivery.reason, delivery.method)
-        _log_end(request, plan, delivery, event)
         recording = ledger.record(event)
-    await _conclude(recording, event)
+    try:
+        await _conclude(recording, event)
+    finally:
+        _log_end(request, plan, delivery, event)
     if delivery.reason == "shutdown":
         raise asyncio.CancelledError
     return response

@@ -196,6 +196,12 @@ class BadRequest(ApiError):
     status, code = HTTPStatus.BAD_REQUEST, "BAD_REQUEST"
 
 
+class HttpVersionNotSupported(ApiError):
+    """This server speaks HTTP/1.1 and HTTP/1.0 only"""
+
+    status, code = HTTPStatus.HTTP_VERSION_NOT_SUPPORTED, "HTTP_VERSION_NOT_SUPPORTED"
+
+
 class HeadersTooLarge(ApiError):
     """The request's line or header fields are too large, or too many"""
 

@@ -3,7 +3,7 @@
 import base64
 import binascii
 import uuid
-from datetime import datetime
+from datetime import UTC, datetime
 from uuid import UUID
 
 import orjson
@@ -188,6 +188,7 @@ def _parse_cursor(text: str | None) -> tuple[datetime, UUID] | None:
         before = datetime.fromisoformat(created_at)
         if before.tzinfo is None:
             raise ValueError("no zone")
-        return before, UUID(job_id)
-    except (ValueError, binascii.Error) as error:
+        # PostgreSQL knows fewer zones than Python: none from +16:00 on.
+        return before.astimezone(UTC), UUID(job_id)
+    except (ValueError, OverflowError, binascii.Error) as error:
         raise InvalidParameter(extra={"parameter": "cursor"}) from error

@@ -51,7 +51,8 @@ _END_THE_CONNECTION = (BadRequest, RateLimited, QuotaExceeded)
 _SERVER = "exportd"
 _NOTHING_TO_LOAD = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 # A probe must be able to tell "draining" from "gone"; a drain may take an hour, and is worth watching.
-_PROBES = ("/healthz", "/readyz", "/metrics")
+_HEALTH = ("/healthz", "/readyz")
+_PROBES = (*_HEALTH, "/metrics")
 
 
 @web.middleware
@@ -67,12 +68,7 @@ async def edge(request: web.Request, handler: Handler) -> web.StreamResponse:
     response: web.StreamResponse
     with lifecycle.request_under_way():
         try:
-            if lifecycle.is_draining and request.path not in _PROBES:
-                raise ShuttingDown
-            _check_framing(request)
-            if request.path not in _PROBES:
-                _check_host(request)
-                request.app[LIMITER].check_address(request[CLIENT])
+            _check_admission(request)
             preflight = answer_preflight(request)
             response = await handler(request) if preflight is None else preflight
         except ApiError as error:
@@ -95,6 +91,17 @@ async def edge(request: web.Request, handler: Handler) -> web.StreamResponse:
         # A client that reads to the connection's end must not wait for everybody else's.
         response.force_close()
     return response
+
+
+def _check_admission(request: web.Request) -> None:
+    """Raises the ApiError of a request that no handler is to see."""
+    if request.app[LIFECYCLE].is_draining and request.path not in _PROBES:
+        raise ShuttingDown
+    _check_framing(request)
+    if request.path not in _HEALTH:
+        _check_host(request)
+    if request.path not in _PROBES:
+        request.app[LIMITER].check_address(request[CLIENT])
 
 
 async def set_common_headers(request: web.Request, response: web.StreamResponse) -> None:

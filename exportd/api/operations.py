@@ -14,6 +14,7 @@ from exportd.api.errors import (
     ExportInProgress,
     FileNotFound,
     HeadersTooLarge,
+    HttpVersionNotSupported,
     IdentityProviderUnavailable,
     InternalError,
     InvalidJobId,
@@ -189,7 +190,7 @@ _JOB_ID = _parameter(
     "path", "job_id", "Of the export job", "25395ef1-daf8-4ea1-a532-c61e57b1134f", format="uuid"
 )
 
-_ANYWHERE = (BadRequest, HeadersTooLarge, ExpectationFailed, InternalError)
+_ANYWHERE = (BadRequest, HeadersTooLarge, HttpVersionNotSupported, ExpectationFailed, InternalError)
 _UNDER_A_HOST = (*_ANYWHERE, MisdirectedRequest, RateLimited, ShuttingDown)
 _WITH_A_TOKEN = (*_UNDER_A_HOST, Unauthenticated, IdentityProviderUnavailable, DatabaseIsUnavailable)
 _OF_A_JOB = (InvalidJobId, *_WITH_A_TOKEN, JobNotFound, DownloadUnauthorized)

@@ -33,11 +33,11 @@ def load_page(base_path: str) -> Assets:
     return files
 
 
-async def show_page(request: web.Request) -> web.Response:
+async def show_page(request: web.Request) -> web.StreamResponse:
     """The page."""
-    return send_asset(request, request.app[PAGE_FILES], _PAGE, {"Content-Security-Policy": _POLICY})
+    return await send_asset(request, request.app[PAGE_FILES], _PAGE, {"Content-Security-Policy": _POLICY})
 
 
-async def show_page_file(request: web.Request) -> web.Response:
+async def show_page_file(request: web.Request) -> web.StreamResponse:
     """A script or style sheet of the page, or of the component in a page of any origin."""
-    return send_asset(request, request.app[PAGE_FILES], request.match_info["name"], _FOR_EVERYBODY)
+    return await send_asset(request, request.app[PAGE_FILES], request.match_info["name"], _FOR_EVERYBODY)

@@ -132,6 +132,7 @@ def run_server(
             settings.limits.connections_per_address,
             section.head_timeout_seconds,
             section.keepalive_timeout_seconds,
+            settings.download.stall_timeout_seconds,
         ),
         on_hangup=reopen_logs,
         on_started=on_started,

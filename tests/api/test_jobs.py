@@ -77,6 +77,24 @@ async def test_a_job_that_is_made_meanwhile_shifts_no_page(start: Start, jobs: J
 
 
 @pytest.mark.parametrize(
+    "created_at",
+    [
+        "2025-10-24T12:00:00+16:00", "2025-10-24T12:00:00-23:59", "0001-01-01T00:00:00+00:00",
+        "0001-01-01T00:00:00+23:00", "9999-12-31T23:59:59-23:59", "9999-12-31T23:59:59.999999+00:00",
+        "infinity", "now", "2025-10-24", "\0", "\ud800", "",
+    ],
+)  # fmt: skip
+async def test_any_time_in_a_cursor_is_a_page_or_a_bad_parameter(start: Start, created_at: str) -> None:
+    text = f"{created_at} {uuid.uuid4()}".encode("utf-8", "surrogatepass")
+    client = await start()
+    cursor = base64.urlsafe_b64encode(text).decode()
+    async with client.get(f"{BASE}?cursor={cursor}", headers=ANN) as response:
+        assert response.status in (200, 400)
+        if response.status == 400:
+            assert (await response.json())["parameter"] == "cursor"
+
+
+@pytest.mark.parametrize(
     ("parameter", "value"),
     [("limit", "0"), ("limit", "101"), ("limit", "-1"), ("limit", "x"), ("limit", ""), ("limit", "9" * 30),
      ("limit", "%C2%B2"), ("status", "done"), ("status", ""), ("status", "'"), ("cursor", ""),

@@ -123,7 +123,7 @@ class Nginx:
         """The connection, status and fields of an answer, and what came of its body with them."""
         connection = self.connect()
         lines = [f"GET {target} HTTP/1.1", "Host: 127.0.0.1", "Connection: close", *fields, "", ""]
-        connection.sendall("\r\n".join(lines).encode())
+        connection.sendall("\r\n".join(lines).encode("utf-8", "surrogateescape"))
         received = b""
         while b"\r\n\r\n" not in received:
             received += connection.recv(4096)
@@ -131,6 +131,12 @@ class Nginx:
         status, *answered = head.decode().split("\r\n")
         names = {name.lower(): value for name, _, value in (line.partition(": ") for line in answered)}
         return connection, int(status.split()[1]), names, rest
+
+    def close(self) -> None:
+        for connection in self.connections:
+            connection.close()
+        self.process.terminate()
+        self.process.wait(30)
 
     def spooled(self) -> list[Path]:
         return [path for path in self.temporary.rglob("*") if path.is_file()]
@@ -150,10 +156,7 @@ def nginx(daemon: Daemon, tmp_path: Path) -> Iterator[Nginx]:
     folder.mkdir()
     running = Nginx(folder, daemon)
     yield running
-    for connection in running.connections:
-        connection.close()
-    running.process.terminate()
-    running.process.wait(30)
+    running.close()
 
 
 @pytest.fixture
@@ -242,3 +245,61 @@ def test_errors_and_addresses_come_through_and_tickets_stay_out_of_logs(
     logs = [path.read_text() for path in nginx.folder.glob("*.log")]
     assert logs
     assert "secret-ticket" not in "".join(logs) + str(daemon.log)
+
+
+def test_no_user_gets_the_answer_to_another_user_through_nginx(exportd: Exportd, tmp_path: Path) -> None:
+    """nginx keeps its connections to exportd: a second answer to one request would go to the next one."""
+    exportd.storage.mkdir(parents=True)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    daemon = exportd.serve(
+        "--port", port, EXPORTD_LOGGING__FORMAT="console", EXPORTD_SERVER__TRUSTED_PROXIES='["127.0.0.1"]'
+    )
+    # In this format no line is JSON.
+    daemon.url = f"http://127.0.0.1:{port}"
+    (tmp_path / "nginx").mkdir()
+    nginx = Nginx(tmp_path / "nginx", daemon)
+    jobs = Jobs(exportd.dsn, exportd.storage)
+    anns = jobs.add(noise(50_000))
+    try:
+        wait_for("the daemon", lambda: nginx.ask("/healthz")[1] == 200)
+        for _ in range(20):
+            # Bytes that are no UTF-8 become lone surrogates, which the log's format cannot encode.
+            _, status, fields, body = nginx.ask(anns.url, AUTHORIZATION, "User-Agent: \udcff")
+            assert (status, fields["content-length"]) == (200, "50000")
+            assert anns.content.startswith(body)
+            _, status, _, body = nginx.ask("/healthz")
+            assert (status, body) == (200, b'{"status":"ok"}')
+    finally:
+        nginx.close()
+    assert daemon.stop() == 0
+    assert jobs.counts(anns) == (20, 20 * 50_000)
+    assert "request_failed" not in daemon.output.read_text()
+
+
+def unacknowledged_bytes(port: int) -> int:
+    """In the send queues of that port's connections, as the kernel tells it."""
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    established = [row for row in rows if row[3] == "01" and row[1].endswith(f":{port:04X}")]
+    return sum(int(row[4].partition(":")[0], 16) for row in established)
+
+
+def test_clients_that_read_nothing_through_nginx_leave_the_daemon_its_connections(
+    exportd: Exportd, tmp_path: Path
+) -> None:
+    daemon = exportd.serve(
+        EXPORTD_SERVER__TRUSTED_PROXIES='["127.0.0.1"]', EXPORTD_DOWNLOAD__STALL_TIMEOUT_SECONDS="1"
+    )
+    (tmp_path / "nginx").mkdir()
+    nginx = Nginx(tmp_path / "nginx", daemon)
+    try:
+        for _ in range(10):
+            connection = nginx.connect()
+            request = "GET /api-docs/swagger-ui-bundle.js HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+            connection.sendall(request.encode() * 10)
+
+        wait_for("answers that are not taken", lambda: unacknowledged_bytes(daemon.port))
+        wait_for("the end of their connections", lambda: not unacknowledged_bytes(daemon.port))
+        assert nginx.ask("/healthz")[1] == 200
+    finally:
+        nginx.close()

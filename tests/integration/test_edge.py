@@ -63,7 +63,6 @@ MALFORMED: dict[str, bytes] = {
     "no request": b"hello\r\n\r\n",
     "an early TLS hello": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\0" * 100 + b"\r\n\r\n",
     "HTTP/2's preface": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
-    "HTTP/3.7": b"GET /healthz HTTP/3.7\r\n" + HOST + b"\r\n",
     "a method of its own": b"GE\0T /healthz HTTP/1.1\r\n" + HOST + b"\r\n",
     "length and chunks": b"POST /healthz HTTP/1.1\r\n" + HOST
     + b"Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
@@ -121,6 +120,14 @@ def test_what_is_no_request_is_told_so_once(daemon: Daemon) -> None:
     # Some are HTTP, and refused by the edge.
     assert metric(daemon, 'exportd_connections_refused_total{reason="malformed"}') >= len(MALFORMED) - 8
     assert not [line for line in daemon.log if line["level"] == "error"]
+
+
+@pytest.mark.parametrize("version", ["0.9", "2.0", "3.0", "1.2", "9.9"])
+def test_another_version_of_http_is_505(daemon: Daemon, version: str) -> None:
+    received = converse(daemon, f"GET /healthz HTTP/{version}\r\n".encode() + HOST + b"\r\n")
+    assert received.startswith(b"HTTP/1.")
+    ((status, _, body),) = answers(received)
+    assert (status, json.loads(body)["code"]) == (505, "HTTP_VERSION_NOT_SUPPORTED")
 
 
 @pytest.mark.parametrize(
@@ -380,6 +387,7 @@ def test_only_the_allowed_hosts_are_answered_for(exportd: Exportd) -> None:
     assert status("downloads.example.com", f"http://evil.com{BASE}") == 421
     assert status("evil.com", f"http://downloads.example.com{BASE}") == 401
     assert status("127.0.0.1", "/healthz") == status("127.0.0.1", "/readyz") == 200
+    assert (status("127.0.0.1", "/metrics"), status("downloads.example.com", "/metrics")) == (421, 200)
 
 
 def test_pages_of_listed_origins_may_call(exportd: Exportd) -> None:

@@ -1,0 +1,85 @@
+"""Answers that a client does not take.
+
+The delivery of a package has a watch of its own (``delivery/watch.py``), which knows its bytes and gives the
+reason. This one covers every other answer, and only asks the kernel.
+"""
+
+import asyncio
+import fcntl
+import socket
+import struct
+import termios
+
+# tcpi_bytes_acked in Linux' struct tcp_info (include/uapi/linux/tcp.h).
+_BYTES_ACKNOWLEDGED = struct.Struct("=120xQ")
+_MAX_INTERVAL_SECONDS = 1.0
+_PAUSE_SECONDS = 0.001
+_MAX_PAUSE_SECONDS = 0.1
+
+
+class StallGuard:
+    """Aborts a connection whose client takes nothing of an answer for ``timeout_seconds``."""
+
+    def __init__(self, transport: asyncio.Transport, timeout_seconds: float) -> None:
+        self._transport = transport
+        self._interval = min(max(timeout_seconds / 4, 0.02), _MAX_INTERVAL_SECONDS)
+        # The watch of a delivery is to be first: it notices up to two intervals late.
+        self._timeout_seconds = timeout_seconds + 3 * self._interval
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+        self._is_answering = False
+        self._acknowledged = -1
+        self._progressed_at = 0.0
+
+    def __enter__(self) -> None:
+        """An answer begins."""
+        self._is_answering = True
+        if self._timer is None:
+            self._progressed_at = self._loop.time()
+            self._timer = self._loop.call_later(self._interval, self._look)
+
+    def __exit__(self, *_: object) -> None:
+        """The kernel has the answer. The guard goes on until the client has it."""
+        self._is_answering = False
+
+    def close(self) -> None:
+        """The connection has ended."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _look(self) -> None:
+        self._timer = None
+        if self._transport.is_closing():
+            return
+        unacknowledged, acknowledged = _measure(self._transport)
+        if not unacknowledged and not self._is_answering:
+            return
+        if not unacknowledged or acknowledged != self._acknowledged:
+            self._acknowledged, self._progressed_at = acknowledged, self._loop.time()
+        elif self._loop.time() - self._progressed_at >= self._timeout_seconds:
+            self._transport.abort()
+            return
+        self._timer = self._loop.call_later(self._interval, self._look)
+
+
+async def wait_until_handed_over(transport: asyncio.Transport) -> None:
+    """Returns when the kernel has all that was written, or the connection has ended."""
+    pause = _PAUSE_SECONDS
+    while transport.get_write_buffer_size() and not transport.is_closing():
+        await asyncio.sleep(pause)
+        pause = min(pause * 1.5, _MAX_PAUSE_SECONDS)
+
+
+def _measure(transport: asyncio.Transport) -> tuple[int, int]:
+    """How many bytes the client has not acknowledged yet, and how many it has on this connection so far.
+
+    Where the kernel does not tell the second (not Linux), fewer of the first are progress too.
+    """
+    connection = transport.get_extra_info("socket")
+    queued: int = struct.unpack("i", fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, b"\0\0\0\0"))[0]
+    unacknowledged = queued + transport.get_write_buffer_size()
+    try:
+        information = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_ACKNOWLEDGED.size)
+        return unacknowledged, _BYTES_ACKNOWLEDGED.unpack(information)[0]
+    except (AttributeError, OSError, struct.error):
+        return unacknowledged, -unacknowledged

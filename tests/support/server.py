@@ -1,0 +1,46 @@
+"""The application behind the daemon's own connections, in this process."""
+
+import contextlib
+from collections.abc import AsyncIterator
+
+from aiohttp import web
+
+from exportd.api.connection import ConnectionLimits
+from exportd.server import DrainingRunner
+
+
+class Served:
+    """An application that is served on a port of 127.0.0.1."""
+
+    def __init__(self, runner: DrainingRunner) -> None:
+        self._runner = runner
+
+    @property
+    def port(self) -> int:
+        port: int = self._runner.addresses[0][1]
+        return port
+
+    @property
+    def connections(self) -> int:
+        """How many are open."""
+        assert self._runner.server is not None
+        return len(self._runner.server.connections)
+
+
+@contextlib.asynccontextmanager
+async def serving(app: web.Application, *, stall_timeout_seconds: float = 60.0) -> AsyncIterator[Served]:
+    """Serves ``app`` while the block lasts."""
+    limits = ConnectionLimits(
+        connections=1000,
+        connections_per_address=0,
+        head_timeout_seconds=60.0,
+        keepalive_timeout_seconds=60.0,
+        stall_timeout_seconds=stall_timeout_seconds,
+    )
+    runner = DrainingRunner(app, drain_timeout_seconds=0.0, limits=limits)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        yield Served(runner)
+    finally:
+        await runner.cleanup()
