@@ -45,7 +45,7 @@ DOORS = {
     "jwt": {"auth/keys.py", "auth/tokens.py"},
     "cryptography": {"auth/keys.py"},
     "psutil": {"db/embedded.py", "packages/verify.py"},
-    "isal": {"packages/pack.py"},
+    "isal": {"packages/pack.py", "packages/check.py"},
     "uvloop": {"server.py"},
     "gunicorn": {"server.py"},
     "click": {f"cli/{name}.py" for name in ("main", "common", "serve", "publish", "admin", "demo")},

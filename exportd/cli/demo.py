@@ -26,6 +26,7 @@ def demo(config_file: Path | None) -> None:
     import orjson
 
     from exportd.app import make_app
+    from exportd.packages.source import open_source
     from exportd.settings import load_settings
 
     # In the environment, where the packer's process finds it too.
@@ -36,7 +37,8 @@ def demo(config_file: Path | None) -> None:
     log_to_stdout(settings)
     with migrated_database(settings) as dsn:
         sample = _write_sample(exports / "sample-export")
-        published = publish_package(settings, dsn, sample, "alice", "Sample Export", None, lambda _: None)
+        with open_source(sample) as source:
+            published = publish_package(settings, dsn, source, "alice", "Sample Export", None, lambda _: None)
         run(_request_sample(settings, dsn, sample))
         run_server(
             settings,

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from exportd.packages.pack import DraftPackage, Progress
+    from exportd.packages.source import Source
     from exportd.settings import Settings
 
 
@@ -36,21 +37,22 @@ def publish(
     """
     import orjson
 
-    from exportd.packages.pack import measure_source
+    from exportd.packages.source import open_source
 
     settings = quiet_settings(config_file)
     if not user_id.strip() or "\0" in user_id + tool_name:
         raise click.UsageError("--user must not be empty, and NUL is allowed nowhere.")
-    total = measure_source(path)
-    with migrated_database(settings) as dsn, _progress_bar(total) as progress:
-        result = publish_package(settings, dsn, path, user_id, tool_name, retention_days, progress)
+    with open_source(path) as source:
+        total = source.measure()
+        with migrated_database(settings) as dsn, _progress_bar(total) as progress:
+            result = publish_package(settings, dsn, source, user_id, tool_name, retention_days, progress)
     click.echo(orjson.dumps(result).decode())
 
 
 def publish_package(
     settings: Settings,
     dsn: str,
-    source: Path,
+    source: Source,
     user_id: str,
     tool_name: str,
     retention_days: int | None,

@@ -12,36 +12,21 @@ import os
 import secrets
 import stat
 import tarfile
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Protocol
 from uuid import UUID
 
-from isal import igzip_threaded, isal_zlib
+from isal import igzip_threaded
 
-from exportd.errors import OperatorError
+from exportd.packages.check import check_archive
+from exportd.packages.source import Entry, PackError, Source, changed, check_kind, describe, unchanged
 
 _INCOMING = ".incoming"
 _COPY_BYTES = 1024 * 1024
 _COMPRESSION_THREADS = 2
 
 Progress = Callable[[int], None]
-
-
-class PackError(OperatorError):
-    """The package could not be made, and nothing of it is left. The message is for the operator.
-
-    ``public`` is for the export's user, and tells nothing of the server. ``is_final``: trying again is of no
-    use.
-    """
-
-    public = "The server could not make the package"
-
-    def __init__(self, message: str, *, is_final: bool = False, public: str | None = None) -> None:
-        super().__init__(message)
-        self.is_final = is_final
-        self.public = public or PackError.public
 
 
 class _Writable(Protocol):
@@ -70,7 +55,7 @@ class DraftPackage:
             self._is_placed = True
             _sync_folder(self._final.parent)
         except OSError as error:
-            raise PackError(_describe(error)) from error
+            raise PackError(describe(error)) from error
 
     def keep(self) -> None:
         """The package stays when the draft's block ends: its job is recorded, or may be."""
@@ -83,18 +68,18 @@ class DraftPackage:
 
 
 @contextlib.contextmanager
-def draft_package(source: Path, root: Path, job_id: UUID, progress: Progress) -> Iterator[DraftPackage]:
+def draft_package(source: Source, root: Path, job_id: UUID, progress: Progress) -> Iterator[DraftPackage]:
     """Packs ``source`` for the storage at ``root``; unless the block keeps the draft, nothing of it is left.
 
     A folder is packed as ``.tar.gz``; a file must be a sound one already, and is copied. Memory is constant
-    whatever the size. ``progress`` is told the bytes read since its last call, and may raise to give up.
-    Raises PackError.
+    whatever the size. ``progress`` is called with the bytes read since its last call, and may raise to give
+    up. Raises PackError.
     """
     # Two may pack the same job, if the first was given up for dead.
     temporary = root / _INCOMING / f"{job_id}-{secrets.token_hex(4)}.part"
     try:
-        with _locked_file(source, root, temporary) as file:
-            size_and_digest = _fill(source.resolve(), file, progress)
+        with _locked_file(root, temporary) as file:
+            size_and_digest = _fill(source, root, file, progress)
             draft = DraftPackage(temporary, root / f"{job_id}.tar.gz", *size_and_digest)
             try:
                 yield draft
@@ -102,19 +87,6 @@ def draft_package(source: Path, root: Path, job_id: UUID, progress: Progress) ->
                 draft.discard()
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def measure_source(source: Path) -> int:
-    """How many bytes packing ``source`` will read. Raises PackError for what cannot be packed."""
-    try:
-        if source.is_dir():
-            found = (_examine(path) for path in _walk(source))
-            return sum(status.st_size for status in found if stat.S_ISREG(status.st_mode))
-        return _examine(source.resolve(strict=True)).st_size
-    except FileNotFoundError as error:
-        raise PackError(_describe(error), is_final=True, public="Its source is not there") from error
-    except OSError as error:
-        raise PackError(_describe(error)) from error
 
 
 def remove_abandoned(root: Path) -> int:
@@ -130,17 +102,13 @@ def remove_abandoned(root: Path) -> int:
 
 
 @contextlib.contextmanager
-def _locked_file(source: Path, root: Path, temporary: Path) -> Iterator[IO[bytes]]:
-    if source.is_dir() and root.resolve().is_relative_to(source.resolve()):
-        raise PackError(
-            f"{source} contains the package storage {root}, so it would be packed into itself", is_final=True
-        )
+def _locked_file(root: Path, temporary: Path) -> Iterator[IO[bytes]]:
     try:
         temporary.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         remove_abandoned(root)
         file = _create_locked(temporary)
     except OSError as error:
-        raise PackError(_describe(error)) from error
+        raise PackError(describe(error)) from error
     with file:
         yield file
 
@@ -156,20 +124,22 @@ def _create_locked(path: Path) -> IO[bytes]:
         file.close()
 
 
-def _fill(source: Path, file: IO[bytes], progress: Progress) -> tuple[int, str]:
+def _fill(source: Source, root: Path, file: IO[bytes], progress: Progress) -> tuple[int, str]:
     """Writes the package and returns its size and SHA-256."""
     writer = _HashingWriter(file)
     try:
-        if source.is_dir():
-            _pack_folder(source, writer, progress)
+        if source.is_folder:
+            if os.path.samestat(source.status, root.stat()):
+                raise _around_storage(source.path.name)
+            _pack_folder(source, root, writer, progress)
         else:
             _copy_package(source, writer, progress)
-            _check_package(source, file, progress)
+            check_archive(file, source.path, progress)
         file.flush()
         os.fsync(file.fileno())
         return os.fstat(file.fileno()).st_size, writer.sha256.hexdigest()
     except OSError as error:
-        raise PackError(f"packing {source}: {_describe(error)}") from error
+        raise PackError(f"packing {source.path}: {describe(error)}") from error
 
 
 class _HashingWriter:
@@ -190,28 +160,73 @@ class _HashingWriter:
         self._file.flush()
 
 
-def _pack_folder(folder: Path, writer: _Writable, progress: Progress) -> None:
+def _pack_folder(source: Source, root: Path, writer: _Writable, progress: Progress) -> None:
+    top = source.path.name or "root"
     with (
         igzip_threaded.open(writer, "wb", threads=_COMPRESSION_THREADS) as compressed,  # type: ignore[no-untyped-call]
         tarfile.open(fileobj=compressed, mode="w|", format=tarfile.PAX_FORMAT) as archive,
     ):
-        _add(archive, folder, folder.name or "root", progress)
-        for path in _walk(folder):
-            _add(archive, path, f"{folder.name or 'root'}/{path.relative_to(folder)}", progress)
+        packing = _Packing(archive, root.stat(), progress)
+        archive.addfile(packing.describe(top, source.status))
+        for entry in source.walk():
+            packing.add(f"{top}/{entry.path}", entry)
 
 
-def _add(archive: tarfile.TarFile, path: Path, name: str, progress: Progress) -> None:
-    status = _examine(path)
-    member = archive.gettarinfo(path, name)
-    if member.isreg():
-        with path.open("rb") as content:
-            archive.addfile(member, _Metered(content, progress))
-    else:
-        archive.addfile(member)
-    # tarfile remembers every member and inode; only the links among them matter, and memory is to stay flat.
-    archive.members.clear()  # type: ignore[attr-defined]
-    if status.st_nlink == 1:
-        archive.inodes.pop((status.st_ino, status.st_dev), None)  # type: ignore[attr-defined]
+class _Packing:
+    """An archive that grows entry by entry."""
+
+    def __init__(self, archive: tarfile.TarFile, storage: os.stat_result, progress: Progress) -> None:
+        self._archive = archive
+        self._storage = storage
+        self._progress = progress
+        # The first name of each file that has several.
+        self._links: dict[tuple[int, int], str] = {}
+
+    def add(self, name: str, entry: Entry) -> None:
+        """Raises PackError and OSError."""
+        if stat.S_ISREG(entry.status.st_mode):
+            with entry.opened() as descriptor:
+                self._add_file(name, descriptor, entry.path)
+        else:
+            if os.path.samestat(entry.status, self._storage):
+                raise _around_storage(entry.path)
+            member = self.describe(name, entry.status)
+            if stat.S_ISLNK(entry.status.st_mode):
+                member.type = tarfile.SYMTYPE
+                member.linkname = os.readlink(entry.name, dir_fd=entry.folder)
+            self._archive.addfile(member)
+        # tarfile remembers every member, and memory is to stay flat.
+        self._archive.members.clear()  # type: ignore[attr-defined]
+
+    def _add_file(self, name: str, descriptor: int, path: str) -> None:
+        # What is open is what counts: the name may have another file by now.
+        status = os.fstat(descriptor)
+        check_kind(status, path, is_link_allowed=False)
+        member = self.describe(name, status)
+        identity = (status.st_dev, status.st_ino)
+        if status.st_nlink > 1 and identity in self._links:
+            member.type, member.linkname = tarfile.LNKTYPE, self._links[identity]
+            self._archive.addfile(member)
+            return
+        if status.st_nlink > 1:
+            self._links[identity] = name
+        member.size = status.st_size
+        with open(descriptor, "rb", closefd=False) as content:
+            try:
+                self._archive.addfile(member, _Metered(content, self._progress))
+            except OSError as error:
+                # tarfile's own, where the file ends early.
+                raise (error if error.errno else changed(path)) from error
+
+    @staticmethod
+    def describe(name: str, status: os.stat_result) -> tarfile.TarInfo:
+        """The member's head, without owners: their names and numbers are the server's."""
+        member = tarfile.TarInfo(name)
+        member.mode = status.st_mode & 0o777
+        member.mtime = int(status.st_mtime)
+        if stat.S_ISDIR(status.st_mode):
+            member.type = tarfile.DIRTYPE
+        return member
 
 
 class _Metered:
@@ -227,60 +242,20 @@ class _Metered:
         return data
 
 
-def _copy_package(source: Path, writer: _Writable, progress: Progress) -> None:
-    with source.open("rb") as file:
-        metered = _Metered(file, progress)
-        while data := metered.read(_COPY_BYTES):
+def _around_storage(path: str) -> PackError:
+    return PackError(f"{path} is the package storage, which would be packed into itself", is_final=True)
+
+
+def _copy_package(source: Source, writer: _Writable, progress: Progress) -> None:
+    with (
+        unchanged(source.descriptor, str(source.path)),
+        open(source.descriptor, "rb", closefd=False) as file,
+    ):
+        metered, left = _Metered(file, progress), source.status.st_size
+        # No more than there was: a file may grow for ever.
+        while left and (data := metered.read(min(left, _COPY_BYTES))):
             writer.write(data)
-
-
-def _check_package(source: Path, file: IO[bytes], progress: Progress) -> None:
-    """Reads the copy to its end as gzip and as tar. Raises PackError."""
-    file.seek(0)
-    try:
-        with (
-            igzip_threaded.open(file, "rb") as content,  # type: ignore[no-untyped-call]
-            tarfile.open(fileobj=content, mode="r|") as archive,
-        ):
-            while archive.next() is not None:
-                archive.members.clear()  # type: ignore[attr-defined]
-                progress(0)
-            while content.read(_COPY_BYTES):
-                progress(0)
-    except (tarfile.TarError, EOFError, zlib.error, isal_zlib.error) as error:  # type: ignore[misc]
-        raise _unsound(source, error) from error
-    except OSError as error:
-        # gzip.BadGzipFile is an OSError without an errno.
-        if error.errno is None:
-            raise _unsound(source, error) from error
-        raise
-
-
-def _unsound(source: Path, error: Exception) -> PackError:
-    message = f"{source} is no sound .tar.gz: {error}"
-    return PackError(message, is_final=True, public="Its source is no sound .tar.gz")
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    """Everything below a folder, sorted, without following symbolic links. Raises OSError."""
-    with os.scandir(folder) as scan:
-        entries = sorted(scan, key=lambda entry: entry.name)
-    for entry in entries:
-        yield Path(entry.path)
-        if entry.is_dir(follow_symlinks=False):
-            yield from _walk(Path(entry.path))
-
-
-def _examine(path: Path) -> os.stat_result:
-    status = path.lstat()
-    mode = status.st_mode
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISLNK(mode)):
-        raise PackError(
-            f"{path} is neither a file, a folder nor a symbolic link, and cannot be packed",
-            is_final=True,
-            public="Its source holds something that cannot be packed, such as a device",
-        )
-    return status
+            left -= len(data)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -289,8 +264,3 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _describe(error: OSError) -> str:
-    reason = error.strerror or str(error)
-    return f"{error.filename}: {reason}" if error.filename else reason

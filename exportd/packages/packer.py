@@ -30,7 +30,8 @@ from exportd.db.packing import (
     take_job,
 )
 from exportd.db.pool import Database, DatabaseRefused, DatabaseUnavailable
-from exportd.packages.pack import DraftPackage, PackError, draft_package, measure_source
+from exportd.packages.pack import DraftPackage, draft_package
+from exportd.packages.source import PackError, Source, open_source
 
 log = structlog.get_logger()
 
@@ -122,10 +123,10 @@ class Packer:
         try:
             if job.attempt > self._max_attempts:
                 raise PackError("every attempt was killed", is_final=True)
-            source = self._permitted(job.source)
-            total = await asyncio.to_thread(measure_source, source)
-            async with self._drafted(job, source, total) as draft:
-                await self._complete(job, draft)
+            with open_source(Path(job.source), self._source_roots) as source:
+                total = await asyncio.to_thread(source.measure)
+                async with self._drafted(job, source, total) as draft:
+                    await self._complete(job, draft)
         except JobLost:
             log.warning("package_discarded", **said)
         except DatabaseUnavailable:
@@ -141,22 +142,8 @@ class Packer:
                 **said,
             )
 
-    def _permitted(self, source: str) -> Path:
-        """The resolved source. Raises PackError where it lies outside of every root."""
-        try:
-            path = Path(source).resolve(strict=True)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise PackError(f"{source}: {error}", is_final=True, public="Its source is not there") from error
-        if not any(path.is_relative_to(root) for root in self._source_roots):
-            raise PackError(
-                f"{path} is in none of [packer] source_roots",
-                is_final=True,
-                public="Its source is not where exports may be taken from",
-            )
-        return path
-
     @contextlib.asynccontextmanager
-    async def _drafted(self, job: PackingJob, source: Path, total: int) -> AsyncIterator[DraftPackage]:
+    async def _drafted(self, job: PackingJob, source: Source, total: int) -> AsyncIterator[DraftPackage]:
         """The job's draft, packed in a thread, with signs of life meanwhile. Raises JobLost and PackError."""
         read, is_over = 0, threading.Event()
 

@@ -18,9 +18,9 @@ from exportd.db.pool import Database
 from exportd.http.validators import http_date
 from exportd.packages import cleanup as cleanup_module
 from exportd.packages.cleanup import Cleanup, CleanupRefused, claim_storage, find_orphans
-from exportd.packages.pack import draft_package
 from exportd.packages.store import PackageStore
 from tests.db.test_ledger import event, part
+from tests.packages.test_pack import drafted
 from tests.support.application import ADMIN, ANN, Jobs, Package, Start, noise, until_idle
 from tests.support.postgres import query
 
@@ -393,7 +393,7 @@ async def test_a_cleanup_during_a_publish_leaves_it_alone(
     source.mkdir()
     (source / "file").write_bytes(noise(1000))
     jobs.add(package_expires_at=LONG_AGO)
-    with draft_package(source, store.root, uuid.uuid4(), lambda _: None) as draft:
+    with drafted(source, store.root) as draft:
         await cleanup.run()
         orphans = await find_orphans(cleanup.database, store, -1, remove=True)
         assert orphans.count == 0

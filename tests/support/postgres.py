@@ -42,6 +42,7 @@ UNION ALL SELECT 'trigger', tgrelid::regclass::text, tgname || tgenabled::text F
 UNION ALL SELECT 'function', oid::regprocedure::text, md5(prosrc) FROM pg_proc
  WHERE pronamespace = 'public'::regnamespace
 UNION ALL SELECT 'setting', setrole::text, setconfig::text FROM pg_db_role_setting
+ WHERE setdatabase = (SELECT oid FROM pg_database WHERE datname = current_database())
 UNION ALL SELECT 'database', datname, datallowconn::text FROM pg_database WHERE datname = current_database()
  ORDER BY 1, 2, 3
 """
