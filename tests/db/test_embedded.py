@@ -71,9 +71,11 @@ def test_only_its_owner_can_enter_the_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])
-def test_no_other_user_can_list_the_data_folder_or_hold_its_lock(tmp_path: Path, umask: int) -> None:
-    home = tmp_path / "home"
-    home.mkdir(mode=0o700)
+def test_no_other_user_can_list_the_data_folder_or_hold_its_lock(
+    tmp_path_factory: pytest.TempPathFactory, umask: int
+) -> None:
+    # Short: the socket's path lies below it.
+    home = tmp_path_factory.mktemp("h")
     before = os.umask(umask)
     try:
         process, dsn = start(home / "parent" / "data")

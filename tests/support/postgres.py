@@ -3,8 +3,10 @@
 import fcntl
 import os
 import shlex
+import shutil
 import signal
 import subprocess
+import tempfile
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
@@ -49,15 +51,21 @@ UNION ALL SELECT 'database', datname, datallowconn::text FROM pg_database WHERE 
 
 
 @pytest.fixture(scope="session")
-def server_dsn(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Iterator[str]:
-    """One server, shared by the workers of a parallel run."""
-    base = tmp_path_factory.getbasetemp()
-    folder = base if worker_id == "master" else base.parent
-    with embedded_server(folder / "pg") as dsn:
+def server_dsn(testrun_uid: str) -> Iterator[str]:
+    """One server, shared by the workers of a parallel run.
+
+    Not in pytest's temporary folder: as root, the server runs as another user, and a second pytest that
+    starts takes the right to enter that folder away from it.
+    """
+    folder = Path(tempfile.gettempdir()) / f"exportd-tests-{testrun_uid[:8]}"
+    folder.mkdir(mode=0o711, exist_ok=True)
+    with embedded_server(folder) as dsn:
         with (folder / "template.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             _make_template(dsn)
         yield dsn
+    if not (folder / "postgres" / "postmaster.pid").exists():
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture
