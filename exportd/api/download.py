@@ -95,7 +95,7 @@ async def download_package(request: web.Request) -> web.StreamResponse:
         plan = plan_response(request.method, fields, representation, max_ranges)
         match plan.status:
             case 304:
-                headers = _caching_headers(representation) | _sunset(request, job)
+                headers = _caching_headers(representation, principal) | _sunset(request, job)
                 return web.Response(status=304, headers=headers)
             case 412:
                 raise PreconditionFailed
@@ -104,7 +104,7 @@ async def download_package(request: web.Request) -> web.StreamResponse:
             case 200 if too_late is not None and request.method == "GET":
                 raise too_late
         body = frame_body(plan.status, plan.parts, package.size_bytes, _CONTENT_TYPE)
-        headers = _package_headers(request, job, representation) | body.headers
+        headers = _package_headers(request, job, representation, principal) | body.headers
         response = web.StreamResponse(status=plan.status, headers=headers)
         if request.method == "HEAD":
             return response
@@ -209,12 +209,18 @@ def _field(request: web.Request, name: str) -> str | None:
     return None if values is None else ", ".join(values)
 
 
-def _caching_headers(package: Representation) -> dict[str, str]:
+def _caching_headers(package: Representation, principal: Principal) -> dict[str, str]:
     """What a 304 must repeat of the 200 (RFC 9110, section 15.4.5)."""
-    return {"ETag": package.etag, "Cache-Control": "private, max-age=3600"}
+    if principal.by_link:
+        # A cache must ask each time: the link may be revoked.
+        return {"ETag": package.etag, "Cache-Control": "private, no-cache"}
+    # One browser may serve several people: without Vary its cache hands a package to any of them.
+    return {"ETag": package.etag, "Cache-Control": "private, max-age=3600", "Vary": "Authorization"}
 
 
-def _package_headers(request: web.Request, job: Job, package: Representation) -> dict[str, str]:
+def _package_headers(
+    request: web.Request, job: Job, package: Representation, principal: Principal
+) -> dict[str, str]:
     headers = {
         "Content-Disposition": content_disposition(job.tool_name, package.last_modified.date()),
         "Accept-Ranges": "bytes",
@@ -223,7 +229,7 @@ def _package_headers(request: web.Request, job: Job, package: Representation) ->
         # nginx in front would otherwise spool the body to disk and cut it at 1 GB.
         "X-Accel-Buffering": "no",
     }
-    headers |= _caching_headers(package) | _sunset(request, job)
+    headers |= _caching_headers(package, principal) | _sunset(request, job)
     if job.package_sha256 is not None and wants_digest(_field(request, "Want-Repr-Digest")):
         headers["Repr-Digest"] = repr_digest(job.package_sha256)
     return headers

@@ -92,7 +92,7 @@ HEADERS: Mapping[str, tuple[str, str | int]] = {
     "Referrer-Policy": ("An address may hold a ticket", "no-referrer"),
     "Content-Security-Policy": ("What a page of this answer may load", "default-src 'none'"),
     "Server": ("Without a version", "exportd"),
-    "Vary": ("What else the answer depends on", "Accept"),
+    "Vary": ("What else the answer depends on", "Authorization"),
     "Access-Control-Allow-Origin": ("For pages of listed `cors_origins`", "https://app.example.com"),
     "Access-Control-Expose-Headers": ("For pages of listed `cors_origins`", "Content-Disposition, ETag"),
     "Cache-Control": ("A package may be kept privately for an hour, nothing else at all", "no-store"),

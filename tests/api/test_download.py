@@ -56,6 +56,7 @@ async def test_the_package_comes_whole_with_every_header(client: Client, jobs: J
         "Content-Length": str(SIZE),
         "Accept-Ranges": "bytes",
         "Cache-Control": "private, max-age=3600",
+        "Vary": "Authorization",
         "ETag": f'"{digest.hex()}"',
         "Last-Modified": "Fri, 24 Oct 2025 12:00:00 GMT",
         "X-Package-Size": "2.9 MB",

@@ -77,6 +77,21 @@ async def test_a_link_downloads_without_a_token(client: Client, jobs: Jobs, send
     assert query(jobs.dsn, "SELECT DISTINCT user_id, method FROM download_events") == [("ann", sender)]
 
 
+async def test_a_cache_asks_before_it_gives_a_package_again(start: Start, jobs: Jobs) -> None:
+    client, package = await start(), jobs.add()
+    url = await make(client, package)
+    for address, fields, control, vary in (
+        (package.url, ANN, "private, max-age=3600", "Authorization"),
+        (url, {}, "private, no-cache", None),
+    ):
+        async with client.get(address, headers=fields) as whole:
+            answers = [whole.headers]
+        for more in ({"If-None-Match": answers[0]["ETag"]}, {"Range": "bytes=0-1"}):
+            async with client.get(address, headers={**fields, **more}) as answer:
+                answers.append(answer.headers)
+        assert [(each["Cache-Control"], each.get("Vary")) for each in answers] == [(control, vary)] * 3
+
+
 async def test_a_link_is_for_whoever_made_it(start: Start, jobs: Jobs) -> None:
     client = await start()
     package = jobs.add()
