@@ -26,6 +26,8 @@ _SECRET_BYTES = 32
 # A user's id ends up in log lines, rows and headers; nobody's is longer.
 _LONGEST_USER_ID = 255
 _LONGEST_TOKEN = 16 * 1024
+# In seconds since 1970: the year 9999.
+_MAX_TIME = 253_402_300_800
 # Verified tokens are remembered: a check costs as much as all the rest of the authentication.
 _MOST_REMEMBERED = 1024
 
@@ -132,7 +134,7 @@ class Tokens:
             raise InvalidToken(f"claim {self._claims.user!r} holds no user id")
         role = _find_claim(claims, self._claims.role)
         is_admin = self._claims.admin_role in (role if isinstance(role, list) else [role])
-        expires_at = float(claims["exp"]) + self._claims.leeway_seconds
+        expires_at = _read_times(claims) + self._claims.leeway_seconds
         return Principal(user_id, is_admin, expires_at)
 
     def _verified_claims(self, token: str, header: dict[str, Any]) -> dict[str, Any]:
@@ -190,6 +192,19 @@ class Tokens:
         if self._claims.audience:
             claims["aud"] = self._claims.audience[0]
         return jwt.encode(claims, self._secret, algorithm=_SIGNING_ALGORITHM)
+
+
+def _read_times(claims: dict[str, Any]) -> float:
+    """When the token expires, in seconds since 1970. Raises InvalidToken.
+
+    Times are numbers (RFC 7519, section 2). PyJWT 2.15 takes text and truth values for some.
+    """
+    for name in ("exp", "iat", "nbf"):
+        value = claims.get(name, 0)
+        # What no clock can show is no time either, and no float: 400 digits.
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _MAX_TIME:
+            raise InvalidToken(f"claim {name!r} is not a time")
+    return float(claims["exp"])
 
 
 def _find_claim(claims: dict[str, Any], path: str) -> object:
