@@ -26,8 +26,8 @@ _SECRET_BYTES = 32
 # A user's id ends up in log lines, rows and headers; nobody's is longer.
 _LONGEST_USER_ID = 255
 _LONGEST_TOKEN = 16 * 1024
-# In seconds since 1970: the year 9999.
-_MAX_TIME = 253_402_300_800
+# In seconds since 1970; up to here every JSON parser reads whole numbers exactly.
+_MAX_TIME = 2**53
 # Verified tokens are remembered: a check costs as much as all the rest of the authentication.
 _MOST_REMEMBERED = 1024
 
@@ -201,7 +201,7 @@ def _read_times(claims: dict[str, Any]) -> float:
     """
     for name in ("exp", "iat", "nbf"):
         value = claims.get(name, 0)
-        # What no clock can show is no time either, and no float: 400 digits.
+        # A number of 400 digits is no float.
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _MAX_TIME:
             raise InvalidToken(f"claim {name!r} is not a time")
     return float(claims["exp"])

@@ -238,9 +238,9 @@ class OwnServer:
 
 
 @pytest.fixture
-def own_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OwnServer]:
-    folder = tmp_path_factory.mktemp("s")
-    with embedded_server(folder) as dsn:
+def own_server() -> Iterator[OwnServer]:
+    with tempfile.TemporaryDirectory(prefix="exportd-tests-") as name, embedded_server(Path(name)) as dsn:
+        folder = Path(name)
         server = OwnServer(folder, dsn)
         yield server
         if not (folder / "postgres" / "postmaster.pid").exists():
