@@ -5,14 +5,13 @@ reason. This one covers every other answer, and only asks the kernel.
 """
 
 import asyncio
-import fcntl
 import socket
 import struct
-import termios
+
+from exportd.delivery.watch import interval_seconds, queued_bytes
 
 # tcpi_bytes_acked in Linux' struct tcp_info (include/uapi/linux/tcp.h).
 _BYTES_ACKNOWLEDGED = struct.Struct("=120xQ")
-_MAX_INTERVAL_SECONDS = 1.0
 _PAUSE_SECONDS = 0.001
 _MAX_PAUSE_SECONDS = 0.1
 
@@ -22,7 +21,7 @@ class StallGuard:
 
     def __init__(self, transport: asyncio.Transport, timeout_seconds: float) -> None:
         self._transport = transport
-        self._interval = min(max(timeout_seconds / 4, 0.02), _MAX_INTERVAL_SECONDS)
+        self._interval = interval_seconds(timeout_seconds)
         # The watch of a delivery is to be first: it notices up to two intervals late.
         self._timeout_seconds = timeout_seconds + 3 * self._interval
         self._loop = asyncio.get_running_loop()
@@ -76,8 +75,7 @@ def _measure(transport: asyncio.Transport) -> tuple[int, int]:
     Where the kernel does not tell the second (not Linux), fewer of the first are progress too.
     """
     connection = transport.get_extra_info("socket")
-    queued: int = struct.unpack("i", fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, b"\0\0\0\0"))[0]
-    unacknowledged = queued + transport.get_write_buffer_size()
+    unacknowledged = queued_bytes(connection.fileno()) + transport.get_write_buffer_size()
     try:
         information = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_ACKNOWLEDGED.size)
         return unacknowledged, _BYTES_ACKNOWLEDGED.unpack(information)[0]

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from exportd.cli.common import config_option, migrated_database, quiet_settings, run, running_database
+from exportd.cli.common import (
+    config_option,
+    connected,
+    migrated_database,
+    quiet_settings,
+    run,
+    running_database,
+)
 
 if TYPE_CHECKING:
     import uuid
@@ -59,15 +66,11 @@ def stats(config_file: Path | None, job_id: uuid.UUID | None, as_json: bool) -> 
 async def _find_statistics(
     settings: Settings, dsn: str, job_id: uuid.UUID | None
 ) -> DownloadStatistics | None:
-    from exportd.app import connect
     from exportd.db.statistics import find_statistics
     from exportd.http.sizes import LOWER_BOUNDS
 
-    database = await connect(settings, dsn)
-    try:
+    async with connected(settings, dsn) as database:
         return await find_statistics(database, job_id, LOWER_BOUNDS)
-    finally:
-        await database.close()
 
 
 def _statistics_table(statistics: DownloadStatistics) -> str:
@@ -128,18 +131,15 @@ def cleanup(config_file: Path | None, dry_run: bool, orphans: bool, days: float 
 async def _clean_up(
     settings: Settings, dsn: str, dry_run: bool, remove_orphans: bool, days: float
 ) -> tuple[CleanupSummary, Orphans]:
-    from exportd.app import connect, make_cleanup
+    from exportd.app import make_cleanup
     from exportd.packages.cleanup import find_orphans
 
-    database = await connect(settings, dsn)
-    try:
+    async with connected(settings, dsn) as database:
         cleaner = make_cleanup(settings, database)
         summary = await (cleaner.look() if dry_run else cleaner.run())
         assert summary is not None
         remove = remove_orphans and not dry_run
         return summary, await find_orphans(database, cleaner.store, days, remove=remove)
-    finally:
-        await database.close()
 
 
 def _camel_case(name: str) -> str:
@@ -174,15 +174,11 @@ def verify(config_file: Path | None, job_id: uuid.UUID | None, every: bool) -> N
 
 
 async def _verify(settings: Settings, dsn: str, job_id: uuid.UUID | None) -> Verification:
-    from exportd.app import connect
     from exportd.packages.store import PackageStore
     from exportd.packages.verify import verify_packages
 
-    database = await connect(settings, dsn)
-    try:
+    async with connected(settings, dsn) as database:
         return await verify_packages(database, PackageStore(settings.storage_root), job_id)
-    finally:
-        await database.close()
 
 
 @click.group()

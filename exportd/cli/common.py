@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
 if TYPE_CHECKING:
+    from exportd.db.pool import Database
     from exportd.settings import Settings
 
 T = TypeVar("T")
@@ -32,6 +33,18 @@ def fail(*problems: str, status: int = 1) -> NoReturn:
     for problem in problems:
         click.echo(f"exportd: {problem}", err=True)
     raise SystemExit(status)
+
+
+@contextlib.asynccontextmanager
+async def connected(settings: Settings, dsn: str, *, least_connections: int = 1) -> AsyncIterator[Database]:
+    """A pool while the block lasts. Raises DatabaseUnavailable."""
+    from exportd.app import connect
+
+    database = await connect(settings, dsn, least_connections=least_connections)
+    try:
+        yield database
+    finally:
+        await database.close()
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:
@@ -83,7 +96,7 @@ def migrated_database(settings: Settings) -> Iterator[str]:
 
 @contextlib.contextmanager
 def running_database(settings: Settings) -> Iterator[str]:
-    """The database's libpq connection string, once it answers, whatever its schema. Raises OperatorError."""
+    """The database's libpq connection string, once it answers. Raises OperatorError."""
     if settings.database.dsn is None:
         from exportd.db.embedded import embedded_server
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from exportd.cli.common import config_option, log_to_stdout, migrated_database, run
+from exportd.cli.common import config_option, connected, log_to_stdout, migrated_database, run
 from exportd.cli.publish import publish_package
 from exportd.cli.serve import packer_command, run_server
 
@@ -51,19 +51,17 @@ def demo(config_file: Path | None) -> None:
 async def _request_sample(settings: Settings, dsn: str, sample: Path) -> None:
     import uuid
 
-    from exportd.app import connect
     from exportd.db.packing import request_package
 
-    database = await connect(settings, dsn)
-    await request_package(
-        database,
-        job_id=uuid.uuid4(),
-        user_id="alice",
-        tool_name="Packed By The Daemon",
-        source=str(sample),
-        retention_days=settings.retention.days,
-    )
-    await database.close()
+    async with connected(settings, dsn) as database:
+        await request_package(
+            database,
+            job_id=uuid.uuid4(),
+            user_id="alice",
+            tool_name="Packed By The Daemon",
+            source=str(sample),
+            retention_days=settings.retention.days,
+        )
 
 
 def _print_demo(settings: Settings, published: dict[str, Any], url: str) -> None:

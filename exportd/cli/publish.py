@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from exportd.cli.common import config_option, migrated_database, quiet_settings, run
+from exportd.cli.common import config_option, connected, migrated_database, quiet_settings, run
 
 if TYPE_CHECKING:
     import uuid
@@ -101,13 +101,10 @@ def _place(
 
 
 async def _open_storage(settings: Settings, dsn: str) -> None:
-    from exportd.app import connect, open_storage
+    from exportd.app import open_storage
 
-    database = await connect(settings, dsn)
-    try:
+    async with connected(settings, dsn) as database:
         await open_storage(settings, database)
-    finally:
-        await database.close()
 
 
 async def _record(
@@ -119,31 +116,28 @@ async def _record(
     tool_name: str,
     retention_days: int,
 ) -> datetime:
-    from exportd.app import connect
     from exportd.db.jobs import record_completed_job
     from exportd.db.pool import DatabaseUnavailable
 
-    database = await connect(settings, dsn)
-    try:
-        return await record_completed_job(
-            database,
-            job_id=job_id,
-            user_id=user_id,
-            tool_name=tool_name,
-            package_path=draft.path,
-            package_size_bytes=draft.size_bytes,
-            package_sha256=draft.sha256,
-            retention_days=retention_days,
-        )
-    except DatabaseUnavailable as error:
-        # The row may have been written before the answer was lost: a package without a row wastes space, a
-        # row without its package is a lie.
-        draft.keep()
-        raise DatabaseUnavailable(
-            f"{error}; whether job {job_id} was recorded is unknown, so its package {draft.path} was kept"
-        ) from error
-    finally:
-        await database.close()
+    async with connected(settings, dsn) as database:
+        try:
+            return await record_completed_job(
+                database,
+                job_id=job_id,
+                user_id=user_id,
+                tool_name=tool_name,
+                package_path=draft.path,
+                package_size_bytes=draft.size_bytes,
+                package_sha256=draft.sha256,
+                retention_days=retention_days,
+            )
+        except DatabaseUnavailable as error:
+            # The row may have been written before the answer was lost. A package without a row wastes space;
+            # a row without its package is a lie.
+            draft.keep()
+            raise DatabaseUnavailable(
+                f"{error}; whether job {job_id} was recorded is unknown, so its package {draft.path} was kept"
+            ) from error
 
 
 @contextlib.contextmanager

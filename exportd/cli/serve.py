@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from exportd.cli.common import config_option, log_to_stdout, migrated_database
+from exportd.cli.common import config_option, connected, log_to_stdout, migrated_database
 
 if TYPE_CHECKING:
     import uuid
@@ -85,12 +85,11 @@ def packer(config_file: Path | None, attended: bool) -> None:
 
 
 async def _pack(settings: Settings, dsn: str, packer_id: uuid.UUID) -> None:
-    from exportd.app import connect, open_storage
+    from exportd.app import open_storage
     from exportd.packages.packer import Packer
 
     # One listens, one writes how far it is, one completes.
-    database = await connect(settings, dsn, least_connections=3)
-    try:
+    async with connected(settings, dsn, least_connections=3) as database:
         await open_storage(settings, database)
         await Packer(
             database,
@@ -100,8 +99,6 @@ async def _pack(settings: Settings, dsn: str, packer_id: uuid.UUID) -> None:
             max_attempts=settings.packer.max_attempts,
             poll_seconds=settings.packer.poll_seconds,
         ).run()
-    finally:
-        await database.close()
 
 
 def packer_command(config_file: Path | None) -> Sequence[str]:

@@ -46,7 +46,7 @@ class Watch:
         self._transport = transport
         self._progress = progress
         self._patience = patience
-        self._interval = min(max(patience.stall_timeout_seconds / 4, 0.02), 1.0)
+        self._interval = interval_seconds(patience.stall_timeout_seconds)
         self._waiter: asyncio.Future[None] | None = None
         self._connection = -1
         self._taken = 0
@@ -142,10 +142,7 @@ class Watch:
         return None
 
     def _queued_bytes(self) -> int:
-        """Bytes in the kernel's send queue that the other side has not acknowledged."""
-        answer = fcntl.ioctl(self._connection, termios.TIOCOUTQ, b"\0\0\0\0")
-        queued: int = struct.unpack("i", answer)[0]
-        return queued
+        return queued_bytes(self._connection)
 
     async def _stays_empty(self) -> bool:
         for _ in range(3):
@@ -166,6 +163,18 @@ class Watch:
         with socket.socket(fileno=os.dup(self._connection)) as connection:
             state: int = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
         return state == _TCP_CLOSE
+
+
+def interval_seconds(stall_timeout_seconds: float) -> float:
+    """How often a connection is looked at for a stall."""
+    return min(max(stall_timeout_seconds / 4, 0.02), 1.0)
+
+
+def queued_bytes(descriptor: int) -> int:
+    """Bytes in a socket's send queue that the other side has not acknowledged."""
+    answer = fcntl.ioctl(descriptor, termios.TIOCOUTQ, b"\0\0\0\0")
+    queued: int = struct.unpack("i", answer)[0]
+    return queued
 
 
 def _wake(waiter: asyncio.Future[None]) -> None:

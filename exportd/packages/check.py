@@ -117,7 +117,7 @@ def _main() -> None:
             _read(file)
     except MemoryError:
         sys.exit(_say(f"reading it takes more than {memory_bytes} bytes of memory"))
-    except Exception as error:  # noqa: BLE001  whatever its bytes lead to is a reason to refuse it
+    except Exception as error:  # noqa: BLE001  any failure is a reason to refuse the archive
         sys.exit(_say(str(error) or type(error).__name__))
 
 

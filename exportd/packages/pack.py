@@ -129,8 +129,6 @@ def _fill(source: Source, root: Path, file: IO[bytes], progress: Progress) -> tu
     writer = _HashingWriter(file)
     try:
         if source.is_folder:
-            if os.path.samestat(source.status, root.stat()):
-                raise _around_storage(source.path.name)
             _pack_folder(source, root, writer, progress)
         else:
             _copy_package(source, writer, progress)
@@ -167,6 +165,7 @@ def _pack_folder(source: Source, root: Path, writer: _Writable, progress: Progre
         tarfile.open(fileobj=compressed, mode="w|", format=tarfile.PAX_FORMAT) as archive,
     ):
         packing = _Packing(archive, root.stat(), progress)
+        packing.check_storage(source.path.name, source.status)
         archive.addfile(packing.describe(top, source.status))
         for entry in source.walk():
             packing.add(f"{top}/{entry.path}", entry)
@@ -188,8 +187,7 @@ class _Packing:
             with entry.opened() as descriptor:
                 self._add_file(name, descriptor, entry.path)
         else:
-            if os.path.samestat(entry.status, self._storage):
-                raise _around_storage(entry.path)
+            self.check_storage(entry.path, entry.status)
             member = self.describe(name, entry.status)
             if stat.S_ISLNK(entry.status.st_mode):
                 member.type = tarfile.SYMTYPE
@@ -198,8 +196,15 @@ class _Packing:
         # tarfile remembers every member, and memory is to stay flat.
         self._archive.members.clear()  # type: ignore[attr-defined]
 
+    def check_storage(self, path: str, status: os.stat_result) -> None:
+        """Raises PackError for the package storage."""
+        if os.path.samestat(status, self._storage):
+            raise PackError(
+                f"{path} is the package storage, which would be packed into itself", is_final=True
+            )
+
     def _add_file(self, name: str, descriptor: int, path: str) -> None:
-        # What is open is what counts: the name may have another file by now.
+        # The open file's own status: another file may have taken its name.
         status = os.fstat(descriptor)
         check_kind(status, path, is_link_allowed=False)
         member = self.describe(name, status)
@@ -240,10 +245,6 @@ class _Metered:
         data = self._file.read(size)
         self._progress(len(data))
         return data
-
-
-def _around_storage(path: str) -> PackError:
-    return PackError(f"{path} is the package storage, which would be packed into itself", is_final=True)
 
 
 def _copy_package(source: Source, writer: _Writable, progress: Progress) -> None:

@@ -1,8 +1,8 @@
 """The source of a package: a folder or a ready ``.tar.gz``, reached by descriptors only.
 
 A path is looked up once. Below the folder that it must lie in, each name is opened in the folder that is open
-already, and never through a symbolic link: whoever can rename files in a source cannot lead the packer out of
-it, because nothing is looked up twice.
+already, and never through a symbolic link. No name is looked up twice, so a user who renames files in a
+source cannot lead the packer out of it.
 """
 
 import contextlib

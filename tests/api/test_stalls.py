@@ -17,7 +17,7 @@ LARGE_ASSET = "/api-docs/swagger-ui-bundle.js"
 
 
 async def connect(served: Served) -> socket.socket:
-    """A client with a small buffer, that reads only when it is told to."""
+    """A client with a small receive buffer, which reads nothing by itself."""
     client = socket.socket()
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16384)
     client.setblocking(False)

@@ -155,7 +155,7 @@ def test_a_killed_packer_takes_its_check_along(tmp_path: Path) -> None:
     (child,) = wait_for("the check", lambda: checks_of(process.pid))
     process.send_signal(signal.SIGKILL)
     process.wait()
-    # What nobody waits for stays as a zombie, without a command line.
+    # A process that no parent waits for stays as a zombie, without a command line.
     wait_for("its end", lambda: not is_running(child))
 
 

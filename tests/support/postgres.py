@@ -30,8 +30,7 @@ _LIST_TABLES = """
 SELECT quote_ident(relname) FROM pg_class
  WHERE relnamespace = 'public'::regnamespace AND relkind = 'r' AND relname NOT LIKE 'exportd\\_migration%'
 """
-# Whatever a test could change that DELETE does not undo: tables, columns, constraints, triggers, functions,
-# and the settings of the database.
+# DELETE does not undo changes of columns, constraints, triggers, functions and the database's settings.
 _DESCRIBE_SCHEMA = """
 SELECT 'column', attrelid::regclass::text,
        attname || ' ' || atttypid::regtype || ' ' || attnotnull || atthasdef
