@@ -9,21 +9,28 @@ from urllib.parse import quote
 _FALLBACK = "package"
 # A file name may have 255 bytes nearly everywhere; the rest of ours takes about 25.
 _LONGEST_TOOL_BYTES = 150
+# The rest of a longer name is not looked at: each character costs time.
+_LONGEST_TOOL_CHARACTERS = 1000
 # RFC 8187's attr-char, less what quote() always keeps.
 _ATTR_CHARS = "!#$&+-.^_`|~"
 
 
 def package_filename(tool_name: str, day: date) -> str:
     """``export-{tool}-{YYYY-MM-DD}.tar.gz``, the tool's name lower-cased, safe as one path component."""
-    return f"export-{_slug(tool_name) or _FALLBACK}-{day.isoformat()}.tar.gz"
+    tool = _slug(tool_name[:_LONGEST_TOOL_CHARACTERS]) or _FALLBACK
+    return f"export-{tool}-{day.isoformat()}.tar.gz"
 
 
-@functools.lru_cache(maxsize=4096)
 def content_disposition(tool_name: str, day: date) -> str:
     """The value of Content-Disposition for a package.
 
     ``filename`` is plain ASCII; where that loses something, ``filename*`` follows with the real name.
     """
+    return _content_disposition(tool_name[:_LONGEST_TOOL_CHARACTERS], day)
+
+
+@functools.lru_cache(maxsize=4096)
+def _content_disposition(tool_name: str, day: date) -> str:
     name = package_filename(tool_name, day)
     ascii_tool = _slug(unicodedata.normalize("NFKD", tool_name).encode("ascii", "ignore").decode())
     ascii_name = f"export-{ascii_tool or _FALLBACK}-{day.isoformat()}.tar.gz"

@@ -1,8 +1,9 @@
 """Clients that do not take their answers, on any route: their connections end, and hold little until then."""
 
 import asyncio
+import contextlib
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,13 +17,22 @@ STALL_SECONDS = 0.3
 LARGE_ASSET = "/api-docs/swagger-ui-bundle.js"
 
 
-async def connect(served: Served) -> socket.socket:
-    """A client with a small receive buffer, which reads nothing by itself."""
-    client = socket.socket()
-    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16384)
-    client.setblocking(False)
-    await asyncio.get_running_loop().sock_connect(client, ("127.0.0.1", served.port))
-    return client
+Connect = Callable[[Served], Awaitable[socket.socket]]
+
+
+@pytest.fixture
+def connect() -> Iterator[Connect]:
+    """Connects a client with a small receive buffer, which reads nothing by itself."""
+    with contextlib.ExitStack() as clients:
+
+        async def connect(served: Served) -> socket.socket:
+            client = clients.enter_context(socket.socket())
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16384)
+            client.setblocking(False)
+            await asyncio.get_running_loop().sock_connect(client, ("127.0.0.1", served.port))
+            return client
+
+        yield connect
 
 
 def get(path: str) -> bytes:
@@ -42,7 +52,9 @@ async def served(app: web.Application) -> AsyncIterator[Served]:
 
 
 @pytest.mark.parametrize("path", [LARGE_ASSET, f"{BASE}?limit=100"])
-async def test_clients_that_read_nothing_are_cut_off(served: Served, jobs: Jobs, path: str) -> None:
+async def test_clients_that_read_nothing_are_cut_off(
+    served: Served, connect: Connect, jobs: Jobs, path: str
+) -> None:
     for _ in range(100):
         jobs.add(tool_data=f'{{"name": "{"x" * 60_000}"}}')
     loop = asyncio.get_running_loop()
@@ -51,20 +63,21 @@ async def test_clients_that_read_nothing_are_cut_off(served: Served, jobs: Jobs,
         await loop.sock_sendall(client, get(path) * 10)
     await until("requests that are under way", lambda: served.connections == 2)
     await until("the end of every connection", lambda: served.connections == 0)
-    for client in clients:
-        client.close()
 
 
-async def test_a_reader_of_events_that_reads_nothing_is_cut_off(served: Served, jobs: Jobs) -> None:
+async def test_a_reader_of_events_that_reads_nothing_is_cut_off(
+    served: Served, connect: Connect, jobs: Jobs
+) -> None:
     package = jobs.add(status="failed", package_path=None, failure_reason="x" * 8_000_000)
     client = await connect(served)
     await asyncio.get_running_loop().sock_sendall(client, get(f"{BASE}/{package.job_id}/events"))
     await until("the request", lambda: served.connections == 1)
     await until("the end of the connection", lambda: served.connections == 0)
-    client.close()
 
 
-async def test_an_answer_that_waits_in_the_kernel_ends_the_connection_too(app: web.Application) -> None:
+async def test_an_answer_that_waits_in_the_kernel_ends_the_connection_too(
+    app: web.Application, connect: Connect
+) -> None:
     async def handle(_: web.Request) -> web.Response:
         return web.Response(body=bytes(300_000))
 
@@ -74,10 +87,9 @@ async def test_an_answer_that_waits_in_the_kernel_ends_the_connection_too(app: w
         await asyncio.get_running_loop().sock_sendall(client, get("/answer"))
         await until("the request", lambda: served.connections == 1)
         await until("the end of the connection", lambda: served.connections == 0)
-        client.close()
 
 
-async def test_a_client_that_reads_slowly_gets_its_answer_whole(served: Served) -> None:
+async def test_a_client_that_reads_slowly_gets_its_answer_whole(served: Served, connect: Connect) -> None:
     loop = asyncio.get_running_loop()
     client = await connect(served)
     await loop.sock_sendall(client, get(LARGE_ASSET).replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
@@ -86,13 +98,14 @@ async def test_a_client_that_reads_slowly_gets_its_answer_whole(served: Served) 
         received += data
         # In all, this takes several times the time limit on a stall.
         await asyncio.sleep(STALL_SECONDS / 6)
-    client.close()
     head, _, body = bytes(received).partition(b"\r\n\r\n")
     assert f"Content-Length: {len(body)}\r\n".encode() in head
     assert len(body) > 1_000_000
 
 
-async def test_a_request_waits_until_the_answer_before_it_has_left(app: web.Application) -> None:
+async def test_a_request_waits_until_the_answer_before_it_has_left(
+    app: web.Application, connect: Connect
+) -> None:
     number, size = 200, 60_000
     unsent: list[int] = []
 
@@ -110,5 +123,4 @@ async def test_a_request_waits_until_the_answer_before_it_has_left(app: web.Appl
         while received < number * size:
             received += len(await loop.sock_recv(client, 1 << 20))
         await sending
-        client.close()
-    assert unsent == [0] * number
+        assert unsent == [0] * number
