@@ -25,7 +25,7 @@ from exportd.api.download import (
     download_package,
 )
 from exportd.api.events import job_events, watch_jobs
-from exportd.api.health import healthz, readyz
+from exportd.api.health import READINESS, Readiness, healthz, readyz
 from exportd.api.jobs import export_job_again, list_export_jobs, show_export_job
 from exportd.api.lifecycle import Lifecycle
 from exportd.api.limits import LIMITER, PROXIES, Limit, Limiter, Limits, Proxies
@@ -105,7 +105,8 @@ def make_app(settings: Settings, dsn: str, shared: SharedMemory | None = None) -
         async with contextlib.AsyncExitStack() as stack:
             database = app[DATABASE] = await connect(settings, dsn)
             stack.push_async_callback(database.close)
-            app[STORE] = await open_storage(settings, database)
+            store = app[STORE] = await open_storage(settings, database)
+            app[READINESS] = Readiness(database, store)
             app[JOBS] = JobFinder(database)
             ledger = await open_ledger(database, settings.data_dir / "ledger", noted.events_flushed)
             stack.push_async_callback(ledger.close)

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,14 @@ class Listener:
     tls_key: Path | None
 
 
+@dataclass(frozen=True, slots=True)
+class Companion:
+    """A command that is kept running beside the server, and its environment."""
+
+    command: Sequence[str]
+    environ: Mapping[str, str]
+
+
 def serve(
     make_app: MakeApp,
     listener: Listener,
@@ -70,16 +78,16 @@ def serve(
     limits: ConnectionLimits,
     on_hangup: Callable[[], None],
     on_started: Callable[[str], None] = lambda _: None,
-    companion: Sequence[str] = (),
+    companion: Companion | None = None,
 ) -> int:
     """Serves until SIGTERM or SIGINT and returns the exit status: 0 after a drain, 1 after one cut short.
 
     The first signal stops accepting and lets running requests finish for ``drain_timeout_seconds``; a second
     one aborts them at once. ``make_app`` is called in each process that serves; ``on_started`` is told the
-    address. ``companion`` is a command that runs beside; its stdin ends when this process does. SIGHUP calls
-    ``on_hangup`` where one process serves, and replaces the processes where several do. Of ``limits``, 0
-    connections are as many as the limit on open files has room for. Raises ServerError, and whatever the
-    application's start-up raises.
+    address. ``companion`` runs beside; its stdin ends when this process does. SIGHUP calls ``on_hangup``
+    where one process serves, and replaces the processes where several do. Of ``limits``, 0 connections are
+    as many as the limit on open files has room for. Raises ServerError, and whatever the application's
+    start-up raises.
     """
     _tls_context(listener)  # a certificate that cannot be used is told before anything starts
     room = _room_for_connections()
@@ -255,7 +263,7 @@ class _GunicornLogger(Logger):  # type: ignore[misc]
 
 
 @contextlib.contextmanager
-def _accompanied(command: Sequence[str]) -> Iterator[None]:
+def _accompanied(companion: Companion) -> Iterator[None]:
     """Keeps a process running while the block lasts."""
     is_over = threading.Event()
     present: list[subprocess.Popen[bytes]] = []
@@ -272,7 +280,9 @@ def _accompanied(command: Sequence[str]) -> Iterator[None]:
             started = time.monotonic()
             # However this process ends, the pipe does with it.
             with starting:
-                process = subprocess.Popen(command, stdin=subprocess.PIPE)  # noqa: S603
+                process = subprocess.Popen(  # noqa: S603
+                    companion.command, stdin=subprocess.PIPE, env=companion.environ
+                )
             present[:] = [process]
             if is_over.is_set():
                 process.terminate()

@@ -125,6 +125,21 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
+def _read_file(path: Path | None, key: str) -> str | None:
+    """The file's text, without the white space around it."""
+    if path is None:
+        return None
+    try:
+        text = path.read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise SettingsError([f"{key}: {path} cannot be read: {error.strerror}"]) from error
+    except UnicodeDecodeError as error:
+        raise SettingsError([f"{key}: {path} is not text in UTF-8"]) from error
+    if not text:
+        raise SettingsError([f"{key}: {path} is empty"])
+    return text
+
+
 class ServerSettings(_Section):
     """Where the daemon listens and how it stops."""
 
@@ -155,6 +170,7 @@ class DatabaseSettings(_Section):
     """Which PostgreSQL, how many connections, and how long anything may take."""
 
     dsn: OptionalSecret = None
+    dsn_file: OptionalPath = None
     pool_min_size: Annotated[int, Field(ge=0, le=1000)] = 1
     pool_max_size: Annotated[int, Field(ge=1, le=1000)] = 10
     connect_timeout_seconds: Seconds = 5.0
@@ -166,6 +182,20 @@ class DatabaseSettings(_Section):
         if self.pool_min_size > self.pool_max_size:
             raise ValueError("pool_min_size must not be larger than pool_max_size")
         return self
+
+    @model_validator(mode="after")
+    def _one_dsn(self) -> Self:
+        if self.dsn is not None and self.dsn_file is not None:
+            raise ValueError("dsn and dsn_file must not both be given")
+        return self
+
+    @property
+    def is_embedded(self) -> bool:
+        return self.dsn is None and self.dsn_file is None
+
+    def read_dsn(self) -> str | None:
+        """The libpq connection string; None: the embedded database. Raises SettingsError."""
+        return self.dsn.get_secret_value() if self.dsn else _read_file(self.dsn_file, "database.dsn_file")
 
 
 class StorageSettings(_Section):
@@ -186,6 +216,7 @@ class AuthSettings(_Section):
     """How a token becomes a principal; no key at all: a secret is made in the data folder."""
 
     secret: Secret = None
+    secret_file: OptionalPath = None
     former_secrets: tuple[Annotated[SecretStr, AfterValidator(_check_secret)], ...] = ()
     public_key_files: tuple[Path, ...] = ()
     jwks_url: Annotated[str | None, BeforeValidator(_empty_is_none), AfterValidator(_check_jwks_url)] = None
@@ -200,9 +231,25 @@ class AuthSettings(_Section):
     role_claim: Annotated[str, Field(min_length=1)] = "role"
     admin_role: Annotated[str, Field(min_length=1)] = "admin"
 
+    @model_validator(mode="after")
+    def _one_secret(self) -> Self:
+        if self.secret is not None and self.secret_file is not None:
+            raise ValueError("secret and secret_file must not both be given")
+        return self
+
     @property
     def makes_own_secret(self) -> bool:
-        return self.secret is None and not self.public_key_files and self.jwks_url is None
+        is_secret_given = self.secret is not None or self.secret_file is not None
+        return not is_secret_given and not self.public_key_files and self.jwks_url is None
+
+    def read_secret(self) -> str | None:
+        """The secret that is configured, if one is. Raises SettingsError."""
+        if self.secret is not None:
+            return self.secret.get_secret_value()
+        secret = _read_file(self.secret_file, "auth.secret_file")
+        if secret is not None and len(secret.encode()) < MINIMUM_SECRET_BYTES:
+            raise SettingsError([f"auth.secret_file: must hold at least {MINIMUM_SECRET_BYTES} bytes"])
+        return secret
 
 
 class DownloadSettings(_Section):
@@ -215,8 +262,14 @@ class DownloadSettings(_Section):
     max_rate_bytes_per_second: Annotated[int, Field(ge=0)] = 0
     total_rate_bytes_per_second: Annotated[int, Field(ge=0)] = 0
     stall_timeout_seconds: Seconds = 60.0
-    least_rate_bytes_per_second: Annotated[int, Field(ge=0)] = 0
+    least_rate_bytes_per_second: Annotated[int, Field(ge=0)] = 1000
     least_rate_window_seconds: Seconds = 60.0
+
+    @model_validator(mode="after")
+    def _rates_in_order(self) -> Self:
+        if 0 < self.max_rate_bytes_per_second < self.least_rate_bytes_per_second:
+            raise ValueError("max_rate_bytes_per_second must not be less than least_rate_bytes_per_second")
+        return self
 
 
 class LinkSettings(_Section):
@@ -235,14 +288,15 @@ class LinkSettings(_Section):
 class LimitSettings(_Section):
     """What one person, or one address, may take; 0: anything."""
 
-    connections_per_address: Annotated[int, Field(ge=0)] = 0
-    requests_per_minute_per_address: Annotated[int, Field(ge=0)] = 0
+    connections_per_address: Annotated[int, Field(ge=0)] = 256
+    requests_per_minute_per_address: Annotated[int, Field(ge=0)] = 1200
     requests_per_minute_per_user: Annotated[int, Field(ge=0)] = 0
     downloads_per_user: Annotated[int, Field(ge=0)] = 0
     downloads_total: Annotated[int, Field(ge=0)] = 0
     connections_per_download: Annotated[int, Field(ge=0)] = 0
     event_streams_per_user: Annotated[int, Field(ge=0)] = 20
     bytes_per_user_per_day: Annotated[int, Field(ge=0)] = 0
+    re_exports_per_user: Annotated[int, Field(ge=0)] = 10
     admins_exempt: bool = True
 
 
@@ -324,6 +378,16 @@ def load_settings(
     if problems:
         raise SettingsError(problems)
     return settings.model_copy(update={"data_dir": settings.data_dir.absolute()})
+
+
+def child_environment(environ: Mapping[str, str], *, keep_settings: bool = False) -> dict[str, str]:
+    """The environment for a child process: without settings, secrets among them.
+
+    ``keep_settings`` is for one that is exportd itself; it gets all but ``[auth]``, as none but the daemon
+    verifies tokens.
+    """
+    withheld = f"{ENVIRONMENT_PREFIX}AUTH__" if keep_settings else ENVIRONMENT_PREFIX
+    return {name: value for name, value in environ.items() if not name.upper().startswith(withheld)}
 
 
 def _read_config_file(config_file: Path | None, environ: Mapping[str, str]) -> tuple[dict[str, Any], str]:

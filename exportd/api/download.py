@@ -254,7 +254,10 @@ async def _deliver(
     plan: Plan,
     segments: Sequence[Segment],
 ) -> web.StreamResponse:
-    with request.app[LIMITER].delivery(principal, job.job_id) as entry:
+    limiter = request.app[LIMITER]
+    if plan.status == 206:
+        limiter.check_range(principal, job.job_id, plan.body_length)
+    with limiter.delivery(principal, job.job_id) as entry:
         return await _deliver_recorded(request, response, principal, job, package, plan, segments, entry)
 
 

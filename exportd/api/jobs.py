@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import itertools
 import uuid
 from datetime import UTC, datetime
 from uuid import UUID
@@ -21,16 +22,12 @@ from exportd.api.errors import (
     PackageAvailable,
     ReExportUnsupported,
 )
+from exportd.api.limits import LIMITER
 from exportd.auth.permission import may_see, package_state
-from exportd.db.job_details import (
-    STATUSES,
-    JobDetails,
-    export_again,
-    find_details,
-    list_jobs,
-    lock_details,
-)
+from exportd.auth.principal import Principal
+from exportd.db.job_details import STATUSES, JobDetails, find_details, list_jobs
 from exportd.db.pool import DatabaseRefused, Session
+from exportd.db.re_exports import count_waiting_re_exports, export_again, find_family, lock_re_exports
 from exportd.http.content_disposition import package_filename
 from exportd.http.sizes import format_size
 from exportd.http.validators import last_modified
@@ -40,6 +37,9 @@ log = structlog.get_logger()
 
 _PAGE_SIZE = 20
 _LARGEST_PAGE = 100
+# After a re-export that failed, each next one has to wait twice as long.
+_FIRST_RETRY_SECONDS = 60.0
+_MAX_RETRY_SECONDS = 86400.0
 
 
 @documented(operations.LIST_JOBS)
@@ -79,14 +79,8 @@ async def export_job_again(request: web.Request) -> web.Response:
     job_id = requested_job_id(request)
     principal = await authenticate(request)
     try:
-        # The old job's row is held, so that of two who ask at once one makes the job and the other sees it.
         async with request.app[DATABASE].session() as session, session.transaction():
-            details = await lock_details(session, job_id)
-            if details is None:
-                raise JobNotFound
-            if not may_see(principal, details.job.user_id):
-                raise refuse(request, details.job.user_id)
-            await _check_gone(session, details, request.app[STORE])
+            await _check_may_ask(request, principal, session, job_id)
             made = await export_again(session, job_id, uuid.uuid4())
     except DatabaseRefused as error:
         log.error("re_export_refused", error=str(error))
@@ -96,17 +90,50 @@ async def export_job_again(request: web.Request) -> web.Response:
     return _answer(describe_job(made), status=202, headers={"Location": f"{path}{made.job.job_id}"})
 
 
-async def _check_gone(session: Session, details: JobDetails, store: PackageStore) -> None:
-    """Raises where the job, or the newest that exports it again, is under way or has its package still."""
-    looked_at = [details]
-    if details.re_exported_as and (newest := await lock_details(session, details.re_exported_as)):
-        looked_at.insert(0, newest)
-    for present in looked_at:
+async def _check_may_ask(request: web.Request, principal: Principal, session: Session, job_id: UUID) -> None:
+    family = await find_family(session, job_id)
+    details = _member(family, job_id)
+    if not may_see(principal, details.job.user_id):
+        raise refuse(request, details.job.user_id)
+    # Of several who ask at once, one makes the job and the others see it.
+    await lock_re_exports(session, details.job.user_id)
+    family = await find_family(session, job_id)
+    _check_gone(family, request.app[STORE])
+    request.app[LIMITER].check_re_export(
+        principal,
+        wait_seconds=_seconds_until_retry(family),
+        waiting=await count_waiting_re_exports(session, details.job.user_id),
+    )
+
+
+def _member(family: list[JobDetails], job_id: UUID) -> JobDetails:
+    for member in family:
+        if member.job.job_id == job_id:
+            return member
+    raise JobNotFound
+
+
+def _check_gone(family: list[JobDetails], store: PackageStore) -> None:
+    """Raises where any job of the export is under way, or has its package still; the newest is named."""
+    for present in family:
         named: dict[str, object] = {"jobId": present.job.job_id}
         if present.job.status not in ("completed", "failed"):
             raise ExportInProgress(extra=named)
         if package_state(present.job) == "available" and _is_there(store, present):
             raise PackageAvailable(extra=named)
+
+
+def _seconds_until_retry(family: list[JobDetails]) -> float:
+    """How long to wait since the newest re-exports of the family have failed, one after the other."""
+    newest = family[0]
+    failures = itertools.takewhile(
+        lambda member: member.re_export_of and member.job.status == "failed", family
+    )
+    number = sum(1 for _ in failures)
+    if not number or newest.created_at is None:
+        return 0.0
+    wait: float = min(_FIRST_RETRY_SECONDS * 2 ** (number - 1), _MAX_RETRY_SECONDS)
+    return wait - (newest.job.read_at - newest.created_at).total_seconds()
 
 
 def _is_there(store: PackageStore, details: JobDetails) -> bool:

@@ -15,21 +15,32 @@ from exportd.auth.principal import Principal
 from exportd.db.pool import Database
 from exportd.db.quota import reserve_within_quota, seconds_until_within_quota
 from exportd.db.rows import DownloadEvent
-from exportd.http.forwarded import Network, client_address, forwarded_addresses, subscriber
+from exportd.http.forwarded import (
+    Network,
+    client_address,
+    forwarded_addresses,
+    parse_address,
+    subscriber,
+)
 from exportd.limits.board import Board, Entry
 from exportd.limits.rates import Rates
 from exportd.telemetry.metrics import Metrics
 
 log = structlog.get_logger()
 
-# Nobody knows when a download ends.
+# Nobody knows when a download ends, or an export.
 _DOWNLOAD_RETRY_SECONDS = 10
+_RE_EXPORT_RETRY_SECONDS = 60
+# Each delivery is a row, however small; no client downloads a package in pieces of this size.
+_SMALL_RANGE_BYTES = 1024
+_SMALL_RANGES_PER_MINUTE = 60
 
 CLIENT = web.RequestKey("client", str)
 
 
 class Limit(StrEnum):
-    """What a request may meet: keys of ``[limits]``, and a label of ``exportd_limits_hit_total``."""
+    """What a request may meet; a label of ``exportd_limits_hit_total``. All but the last two are keys of
+    ``[limits]``."""
 
     REQUESTS_PER_MINUTE_PER_ADDRESS = "requests_per_minute_per_address"
     REQUESTS_PER_MINUTE_PER_USER = "requests_per_minute_per_user"
@@ -38,6 +49,9 @@ class Limit(StrEnum):
     CONNECTIONS_PER_DOWNLOAD = "connections_per_download"
     EVENT_STREAMS_PER_USER = "event_streams_per_user"
     BYTES_PER_USER_PER_DAY = "bytes_per_user_per_day"
+    RE_EXPORTS_PER_USER = "re_exports_per_user"
+    RE_EXPORT_AFTER_FAILURE = "re_export_after_failure"
+    SMALL_RANGES_PER_MINUTE = "small_ranges_per_minute"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +65,7 @@ class Limits:
     connections_per_download: int
     event_streams_per_user: int
     bytes_per_user_per_day: int
+    re_exports_per_user: int
     admins_exempt: bool
 
 
@@ -114,15 +129,35 @@ class Limiter:
                 self._check_number(principal, Limit.CONNECTIONS_PER_DOWNLOAD, found.connections)
             yield entry
 
+    def check_range(self, principal: Principal, job_id: UUID, size_bytes: int) -> None:
+        """Counts a request for part of a package, where the part is small. Raises RateLimited."""
+        if size_bytes >= _SMALL_RANGE_BYTES or self._is_exempt(principal):
+            return
+        if wait := self._rates.take(f"small ranges {job_id} {principal.user_id}", _SMALL_RANGES_PER_MINUTE):
+            who = f"user {principal.user_id}"
+            raise self._refuse(RateLimited, Limit.SMALL_RANGES_PER_MINUTE, who, wait)
+
     def check_streams(self, principal: Principal, number: int) -> None:
         """Raises RateLimited where so many event streams are more than a user may have open."""
         if not self._is_exempt(principal):
             self._check_number(principal, Limit.EVENT_STREAMS_PER_USER, number)
 
-    def _check_number(self, principal: Principal, limit: Limit, number: int) -> None:
+    def check_re_export(self, principal: Principal, *, wait_seconds: float, waiting: int) -> None:
+        """Raises RateLimited where an export is to be made again too soon after failures, or is one too many
+        of the user's that wait or are under way."""
+        if self._is_exempt(principal):
+            return
+        if wait_seconds > 0:
+            who = f"user {principal.user_id}"
+            raise self._refuse(RateLimited, Limit.RE_EXPORT_AFTER_FAILURE, who, wait_seconds)
+        self._check_number(principal, Limit.RE_EXPORTS_PER_USER, waiting + 1, _RE_EXPORT_RETRY_SECONDS)
+
+    def _check_number(
+        self, principal: Principal, limit: Limit, number: int, retry_seconds: float = _DOWNLOAD_RETRY_SECONDS
+    ) -> None:
         most: int = getattr(self._limits, limit)
         if most and number > most:
-            raise self._refuse(RateLimited, limit, f"user {principal.user_id}", _DOWNLOAD_RETRY_SECONDS)
+            raise self._refuse(RateLimited, limit, f"user {principal.user_id}", retry_seconds)
 
     def may_log(self, what: str, who: str) -> bool:
         """Whether to write one more line about it: one a minute for each who, so that whoever hammers at
@@ -159,6 +194,19 @@ def find_client(request: web.Request) -> str:
     """The client's address, as far as trusted proxies tell it."""
     peer, proxies = request.remote or "", request.app[PROXIES]
     if not proxies.trusted:
+        _warn_of_proxy(request, peer, proxies.field)
         return peer
     fields = request.headers.getall(proxies.field, [])
     return client_address(peer, forwarded_addresses(proxies.field, fields), proxies.trusted)
+
+
+def _warn_of_proxy(request: web.Request, peer: str, field: str) -> None:
+    """All who come through a proxy that is not trusted meet the limits of one address together."""
+    address = parse_address(peer)
+    if (
+        field in request.headers
+        and address is not None
+        and address.is_private
+        and request.app[LIMITER].may_log("proxy", peer)
+    ):
+        log.warning("proxy_not_trusted", peer=peer, advice="add it to [server] trusted_proxies")

@@ -242,9 +242,8 @@ def _is_storable(user_id: str) -> bool:
 def make_tokens(settings: AuthSettings, data_dir: Path, remote: RemoteKeys | None = None) -> Tokens:
     """Signs and verifies with the configured keys, or else with the data folder's own secret.
 
-    Raises OSError and UnusableKey.
+    Raises OSError, UnusableKey and SettingsError.
     """
-    secret = settings.secret.get_secret_value() if settings.secret else None
     return Tokens(
         Claims(
             user=settings.user_claim,
@@ -255,7 +254,7 @@ def make_tokens(settings: AuthSettings, data_dir: Path, remote: RemoteKeys | Non
             leeway_seconds=settings.leeway_seconds,
         ),
         settings.algorithms,
-        secret=load_or_make_secret(data_dir) if settings.makes_own_secret else secret,
+        secret=load_or_make_secret(data_dir) if settings.makes_own_secret else settings.read_secret(),
         keys=[
             *(secret_key(former.get_secret_value()) for former in settings.former_secrets),
             *(load_public_key(path) for path in settings.public_key_files),

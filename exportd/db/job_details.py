@@ -1,11 +1,10 @@
-"""Jobs as people see them, in SQL: a list by keyset pages, one of them, and a new job for an old export."""
+"""Jobs as people see them, in SQL: a list by keyset pages, and one of them."""
 
 from dataclasses import dataclass
 from datetime import datetime
 from uuid import UUID
 
-from exportd.db.packing import CHANNEL
-from exportd.db.pool import Database, Session
+from exportd.db.pool import Database
 from exportd.db.rows import Job
 
 _SELECT = """
@@ -34,7 +33,6 @@ SELECT job_id,
   FROM export_jobs AS job
 """
 FIND_JOBS = _SELECT + " WHERE job_id = ANY (%s::uuid[])"
-_LOCK_JOB = "SELECT FROM export_jobs WHERE job_id = %s FOR UPDATE"
 # A job without a time of creation, in an application's own table, has no place in the order.
 _PAGE = """
    AND (job.created_at, job.job_id) < (%(created_at)s, %(job_id)s)
@@ -45,15 +43,6 @@ LIST_ALL = _SELECT + " WHERE true" + _PAGE
 LIST_BY_STATUS = _SELECT + " WHERE status::text = %(status)s" + _PAGE
 LIST_BY_USER = _SELECT + " WHERE user_id::text = %(user_id)s" + _PAGE
 LIST_BY_USER_AND_STATUS = _SELECT + " WHERE user_id::text = %(user_id)s AND status::text = %(status)s" + _PAGE
-
-_EXPORT_AGAIN = """
-INSERT INTO export_jobs (
-    job_id, user_id, status, tool_data, created_at, package_retention_days, pack_source, re_export_of
-)
-SELECT %s, user_id, 'pending', tool_data, now(), package_retention_days, pack_source, job_id
-  FROM export_jobs
- WHERE job_id = %s
-"""
 
 # By the index of what runs, which is small however many deliveries there were.
 FIND_RUNNING_DOWNLOADS = """
@@ -111,7 +100,7 @@ class RunningDownload:
 async def find_details(database: Database, job_ids: list[UUID]) -> dict[UUID, JobDetails]:
     """The jobs of those ids that exist. Raises DatabaseUnavailable."""
     rows = await database.fetch_all(FIND_JOBS, (job_ids,))
-    return {row[0]: _details(row) for row in rows}
+    return {row[0]: details_of(row) for row in rows}
 
 
 async def list_jobs(
@@ -143,7 +132,7 @@ async def list_jobs(
         "job_id": job_id,
         "limit": limit,
     }
-    return [_details(row) for row in await database.fetch_all(statement, values)]
+    return [details_of(row) for row in await database.fetch_all(statement, values)]
 
 
 async def find_running_downloads(database: Database, job_ids: list[UUID]) -> list[RunningDownload]:
@@ -158,27 +147,9 @@ async def find_details_in_progress(
     """As ``find_details``; with how many bytes of the package each user has who has a part, from deliveries
     that ended, at the same moment. Raises DatabaseUnavailable."""
     rows = await database.fetch_all(FIND_JOBS_IN_PROGRESS, (job_ids,))
-    return {row[0]: (_details(row[:-1]), row[-1]) for row in rows}
+    return {row[0]: (details_of(row[:-1]), row[-1]) for row in rows}
 
 
-async def lock_details(session: Session, job_id: UUID) -> JobDetails | None:
-    """The job, held until the session's transaction ends. Raises DatabaseUnavailable."""
-    await session.fetch_all(_LOCK_JOB, (job_id,))
-    # A statement of its own: one that waits for a lock sees the rest as it was before.
-    row = await session.fetch_one(FIND_JOBS, ([job_id],))
-    return _details(row) if row else None
-
-
-async def export_again(session: Session, job_id: UUID, new_id: UUID) -> JobDetails:
-    """Makes a job that exports the same again, and notifies whoever makes packages.
-
-    Raises DatabaseUnavailable, and DatabaseRefused where the application's own table wants more.
-    """
-    await session.fetch_all(_EXPORT_AGAIN, (new_id, job_id))
-    await session.fetch_all("SELECT pg_notify(%s, %s)", (CHANNEL, str(new_id)))
-    rows = await session.fetch_all(FIND_JOBS, ([new_id],))
-    return _details(rows[0])
-
-
-def _details(row: tuple[object, ...]) -> JobDetails:
+def details_of(row: tuple[object, ...]) -> JobDetails:
+    """The job of a row of ``FIND_JOBS``."""
     return JobDetails(Job(*row[:11]), *row[11:])  # type: ignore[arg-type]

@@ -33,6 +33,9 @@ def check_archive(file: IO[bytes], path: Path, progress: Callable[[int], None]) 
 
     ``progress`` is called with 0 meanwhile, and may raise to give up. Raises PackError, and OSError.
     """
+    # Here: the child process runs this file too, and needs no settings.
+    from exportd.settings import child_environment
+
     file.seek(0)
     size_bytes = os.fstat(file.fileno()).st_size
     cpu_seconds = _MIN_CPU_SECONDS + size_bytes // _BYTES_PER_CPU_SECOND
@@ -41,7 +44,7 @@ def check_archive(file: IO[bytes], path: Path, progress: Callable[[int], None]) 
         stdin=file,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        env={name: value for name, value in os.environ.items() if not name.startswith("EXPORTD_")},
+        env=child_environment(os.environ),
     )
     with process:
         try:

@@ -256,7 +256,7 @@ function showSignedIn() {
 }
 
 function begin() {
-  const { jobId } = takeFragment();
+  const { jobId } = takeFragment(() => confirm("You are signed in. Sign out, and sign in with the token of this address?"));
   if (!showSignedIn()) return;
   load();
   if (jobId) openDialog(jobId);

@@ -236,8 +236,78 @@ async def test_what_is_there_or_under_way_is_not_made_again(start: Start, jobs: 
         (there.file.name, new["jobId"]),
     )
     assert await answer(old.job_id) == (409, "PACKAGE_AVAILABLE", new["jobId"])
-    query(jobs.dsn, "UPDATE export_jobs SET status = 'failed' WHERE job_id = %s", (new["jobId"],))
+    query(jobs.dsn, "UPDATE export_jobs SET package_path = NULL WHERE job_id = %s", (new["jobId"],))
     assert (await again(client, old.job_id))[0] == 202
+
+
+GONE = {"package_path": None, "package_expires_at": LONG_AGO}
+
+
+async def test_an_export_has_one_live_job_whichever_of_its_jobs_is_asked_for(
+    start: Start, jobs: Jobs
+) -> None:
+    client = await start()
+    first = jobs.add(**GONE)
+    second = jobs.add(**GONE, re_export_of=first.job_id)
+    third = jobs.add(**GONE, re_export_of=second.job_id)
+    # A branch of its own, as an earlier version could make.
+    fourth = jobs.add(**GONE, re_export_of=first.job_id)
+    family = (first, second, third, fourth)
+    status, live, _ = await again(client, third.job_id)
+    assert status == 202
+    for member in family:
+        status, body, _ = await again(client, member.job_id)
+        assert (status, body["code"], body["jobId"]) == (409, "EXPORT_IN_PROGRESS", live["jobId"])
+    package = jobs.add(re_export_of=fourth.job_id)
+    query(jobs.dsn, "DELETE FROM export_jobs WHERE job_id = %s", (live["jobId"],))
+    for member in family:
+        status, body, _ = await again(client, member.job_id)
+        assert (status, body["code"], body["jobId"]) == (409, "PACKAGE_AVAILABLE", package.job_id)
+
+
+async def test_a_ring_of_jobs_in_an_applications_table_is_an_export_too(start: Start, jobs: Jobs) -> None:
+    client = await start()
+    first = jobs.add(**GONE)
+    second = jobs.add(**GONE, re_export_of=first.job_id)
+    query(
+        jobs.dsn, "UPDATE export_jobs SET re_export_of = %s WHERE job_id = %s", (second.job_id, first.job_id)
+    )
+    assert (await again(client, first.job_id))[0] == 202
+    assert (await again(client, second.job_id))[0] == 409
+
+
+async def test_after_failures_each_re_export_waits_longer(start: Start, jobs: Jobs) -> None:
+    client = await start()
+    old = jobs.add(**GONE, created_at=LONG_AGO)
+    waits = []
+    for _ in range(3):
+        status, made, _ = await again(client, old.job_id)
+        assert status == 202
+        query(jobs.dsn, "UPDATE export_jobs SET status = 'failed' WHERE job_id = %s", (made["jobId"],))
+        status, body, headers = await again(client, old.job_id)
+        assert (status, body["code"], body["limit"]) == (429, "RATE_LIMITED", "re_export_after_failure")
+        assert int(headers["Retry-After"]) == body["retryAfterSeconds"]
+        waits.append(body["retryAfterSeconds"])
+        query(
+            jobs.dsn,
+            "UPDATE export_jobs SET created_at = created_at - %s * interval '1 second'"
+            " WHERE re_export_of IS NOT NULL",
+            (body["retryAfterSeconds"],),
+        )
+    # Admins may try as soon as they like.
+    assert waits == pytest.approx([60, 120, 240], abs=20)
+    assert (await again(client, old.job_id, ADMIN))[0] == 202
+
+
+async def test_a_user_has_so_many_re_exports_at_once(start: Start, jobs: Jobs) -> None:
+    client = await start(limits={"re_exports_per_user": 3})
+    gone = [jobs.add(**GONE) for _ in range(8)]
+    answers = await asyncio.gather(*(again(client, package.job_id) for package in gone))
+    assert sorted(status for status, _, _ in answers) == [202] * 3 + [429] * 5
+    assert {body["limit"] for status, body, _ in answers if status == 429} == {"re_exports_per_user"}
+    assert (await again(client, jobs.add(**GONE, user_id="eve").job_id, EVE))[0] == 202
+    query(jobs.dsn, "UPDATE export_jobs SET status = 'failed' WHERE status = 'pending' AND user_id = 'ann'")
+    assert (await again(client, jobs.add(**GONE).job_id))[0] == 202
 
 
 async def test_only_creator_and_admin_may_ask(start: Start, jobs: Jobs) -> None:

@@ -62,11 +62,35 @@ async def test_guesses_from_one_address_are_slowed_down_and_probes_are_not(start
         assert (await ask(client, probe, {}))[0] == 200
 
 
+async def test_small_ranges_of_a_package_are_slowed_down(start: Start, jobs: Jobs) -> None:
+    client = await start()
+    package, other = jobs.add(noise(5000)), jobs.add(noise(5000))
+    refused = (429, ("RATE_LIMITED", "small_ranges_per_minute"))
+    answers = await asyncio.gather(
+        *(ask(client, package.url, {**ANN, "Range": f"bytes={n}-{n + 1022}"}) for n in range(200)),
+        *(ask(client, package.url, {**ANN, "Range": f"bytes={n}-{n},{n + 9}-{n + 9}"}) for n in range(200)),
+    )
+    # One more each second.
+    assert 60 <= sum(status == 206 for status, _ in answers) < 200
+    assert {answer for answer in answers if answer[0] != 206} == {refused}
+    for headers in (
+        {**ANN, "Range": "bytes=0-1023"},
+        {**ANN, "Range": "bytes=0-99,1000-1999"},
+        {**ADMIN, "Range": "bytes=0-0"},
+    ):
+        assert (await ask(client, package.url, headers))[0] == 206
+    assert (await ask(client, package.url))[0] == 200
+    assert (await ask(client, other.url, {**ANN, "Range": "bytes=0-0"}))[0] == 206
+
+
 async def test_only_a_trusted_proxy_says_for_whom_it_asks(start: Start) -> None:
     limits = {"requests_per_minute_per_address": 1}
     client = await start(limits=limits)
-    spoofed = [(await ask(client, BASE, {"X-Forwarded-For": f"203.0.113.{n}"}))[0] for n in range(3)]
+    with structlog.testing.capture_logs() as logs:
+        spoofed = [(await ask(client, BASE, {"X-Forwarded-For": f"203.0.113.{n}"}))[0] for n in range(3)]
     assert spoofed == [401, 429, 429]
+    (warning,) = [line for line in logs if line["event"] == "proxy_not_trusted"]
+    assert warning["peer"] == "127.0.0.1"
     client = await start(limits=limits, server={"trusted_proxies": ["127.0.0.1"]})
     honest = [(await ask(client, BASE, {"X-Forwarded-For": f"6.6.6.6, 203.0.113.{n}"}))[0] for n in (1, 2, 2)]
     assert honest == [401, 401, 429]

@@ -8,7 +8,7 @@ import psycopg2
 import pytest
 from psycopg2.extras import register_uuid
 
-from exportd.db import downloads, job_details, jobs, links, packing, quota, statistics
+from exportd.db import downloads, job_details, jobs, links, packing, quota, re_exports, statistics
 from exportd.db.expiry import _FIND_UNFINISHED, TAKE_EXPIRED
 from tests.support.postgres import query
 
@@ -68,6 +68,8 @@ STATEMENTS: dict[str, tuple[str, Any]] = {
     "list of a user": (job_details.LIST_BY_USER, PAGE),
     "list of a user by status": (job_details.LIST_BY_USER_AND_STATUS, PAGE),
     "one job": (job_details.FIND_JOBS, ([JOB],)),
+    "an export's jobs": (re_exports.FIND_FAMILY, (JOB,)),
+    "a user's re-exports": (re_exports.COUNT_WAITING, ("ann",)),
     "running downloads": (job_details.FIND_RUNNING_DOWNLOADS, ([JOB],)),
     "the cleanup's search": (
         TAKE_EXPIRED,

@@ -99,8 +99,8 @@ class Nginx:
         (folder / "nginx.conf").write_text(
             f"daemon off; pid {folder}/pid; error_log {folder}/error.log; worker_processes 1;"
             f" {'user root;' if os.geteuid() == 0 else ''}"
-            f" events {{}} http {{ proxy_temp_path {self.temporary}; client_body_temp_path {folder}/body;"
-            f" include {folder}/site.conf; }}"
+            f" events {{ worker_connections 1024; }} http {{ proxy_temp_path {self.temporary};"
+            f" client_body_temp_path {folder}/body; include {folder}/site.conf; }}"
         )
         self.folder = folder
         self.connections: list[ssl.SSLSocket] = []
@@ -226,6 +226,12 @@ def test_a_client_that_leaves_is_noticed_and_credited_with_little_more(
     said = re.search(r"at most (\d+) MB\s+more than the client has", DEPLOYMENT)
     assert said
     assert 0 <= event["bytes_acknowledged"] - taken <= int(said[1]) * 1_000_000
+
+
+def test_an_address_has_so_many_connections(daemon: Daemon, nginx: Nginx, large: Package) -> None:
+    answers = [nginx.ask(large.url, AUTHORIZATION) for _ in range(257)]
+    assert [status for _, status, _, _ in answers] == [200] * 256 + [429]
+    assert answers[-1][2]["server"] == "nginx"
 
 
 def test_errors_and_addresses_come_through_and_tickets_stay_out_of_logs(

@@ -3,11 +3,12 @@
 import json
 
 import pytest
-from playwright.sync_api import expect
+from playwright.sync_api import Dialog, expect
 
 from exportd.http.sizes import format_size
 from tests.page.conftest import Site, row, token
 from tests.support.application import noise
+from tests.support.postgres import query
 
 pytestmark = pytest.mark.slow
 
@@ -24,6 +25,77 @@ def test_the_token_leaves_the_address_and_lives_with_the_tab(site: Site) -> None
     other = page.context.new_page()
     other.goto(f"{site.origin}/")
     expect(other.get_by_role("heading", name="You are signed out")).to_be_visible()
+
+
+def test_an_address_replaces_nobody_without_a_word(site: Site) -> None:
+    site.jobs.add(noise(10))
+    page = site.visit()
+    questions: list[str] = []
+    answer = "dismiss"
+
+    def decide(dialog: Dialog) -> None:
+        questions.append(dialog.message)
+        getattr(dialog, answer)()
+
+    page.on("dialog", decide)
+    expect(row(page, "Customer Form")).to_be_visible()
+    # A newer token of the same user, then another user's.
+    page.goto(f"{site.origin}/#token={token('ann', ttl_seconds=500)}")
+    expect(row(page, "Customer Form")).to_be_visible()
+    assert questions == []
+    page.goto(f"{site.origin}/#token={token('mallory')}")
+    expect(row(page, "Customer Form")).to_be_visible()
+    assert len(questions) == 1
+    assert page.url == f"{site.origin}/"
+    answer = "accept"
+    page.goto(f"{site.origin}/#token={token('mallory')}")
+    expect(page.get_by_role("heading", name="No exports yet")).to_be_visible()
+    # One that cannot be read may be anybody's.
+    page.goto(f"{site.origin}/#token=nonsense")
+    expect(page.get_by_text("That token is not valid, or no longer.")).to_be_visible()
+    assert len(questions) == 3
+
+
+def test_the_cache_hands_a_package_to_nobody_else(site: Site) -> None:
+    package = site.jobs.add(noise(50_000))
+    site.start()
+    page = site.visit(f"{site.origin}/")
+    ask = """async ([url, token]) => {
+      const answer = await fetch(url, token ? { headers: { Authorization: `Bearer ${token}` } } : {});
+      await answer.arrayBuffer();
+      return answer.status;
+    }"""
+    asked: list[str] = []
+    page.on("response", lambda response: asked.append(response.url))
+
+    def status(url: str, bearer: str | None) -> int:
+        found: int = page.evaluate(ask, [url, bearer])
+        return found
+
+    url = f"{site.origin}{package.url}"
+    ann = token("ann")
+    assert [status(url, ann), status(url, ann)] == [200, 200]
+    # The story's cache is there: the second was not asked for again.
+    assert query(site.jobs.dsn, "SELECT count(*) FROM download_events") == [(1,)]
+    assert status(url, token("mallory")) == 403
+    assert status(url, None) == 401
+    link_url = f"{url}-link"
+    link = page.evaluate(
+        """async ([url, token]) => {
+          const answer = await fetch(url, { method: "POST", headers: { Authorization: `Bearer ${token}` } });
+          return (await answer.json()).url;
+        }""",
+        [link_url, ann],
+    )
+    link = link if link.startswith("http") else f"{site.origin}{link}"
+    assert [status(link, None), status(link, None)] == [200, 200]
+    page.evaluate(
+        """async ([url, token]) => {
+          await fetch(url, { method: "DELETE", headers: { Authorization: `Bearer ${token}` } });
+        }""",
+        [link_url, ann],
+    )
+    assert status(link, None) == 410
 
 
 def test_signing_out_forgets(site: Site) -> None:
