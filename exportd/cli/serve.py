@@ -126,9 +126,10 @@ def run_server(
     from exportd.api.connection import ConnectionLimits
     from exportd.telemetry.logging import reopen_logs
 
+    log = structlog.get_logger()
     section = settings.server
     if not (_is_loopback(section.host) or section.tls_cert or section.trusted_proxies):
-        structlog.get_logger().warning(
+        log.warning(
             "tokens_travel_unencrypted",
             host=section.host,
             advice="set [server] tls_cert and tls_key, or trusted_proxies to the proxy that does TLS",

@@ -172,7 +172,7 @@ class Log:
 server.log = Log()
 server._FIRST_RESTART_SECONDS = 0
 workers = []
-with server._accompanied(["true"]):
+with server._accompanied(server.Companion(["true"], os.environ)):
     for _ in range(300):
         if not (pid := os.fork()):
             signal.pause()
