@@ -1,6 +1,7 @@
 """The packer with the real command: what it makes, and what becomes of a job whose packer dies."""
 
 import asyncio
+import gzip
 import hashlib
 import json
 import os
@@ -180,6 +181,39 @@ def test_a_packer_that_is_told_to_stop_gives_its_job_back(
     assert state(exportd, job_id) == ("pending", None, 0, None, None)
     assert not list(exportd.storage.glob(".incoming/*"))
     assert packer.events("packer_stopped")
+
+
+def slow_archive(exports: Path) -> Path:
+    """A sound .tar.gz of five megabytes that unpacks to sixteen gigabytes of nothing."""
+    member = tarfile.TarInfo("zeros")
+    member.size = 16 * 2**30
+    archive = exports / "slow.tar.gz"
+    zeros = gzip.compress(bytes(2**26), 1)
+    with archive.open("wb") as file:
+        file.write(gzip.compress(member.tobuf(tarfile.PAX_FORMAT)))
+        for _ in range(member.size // 2**26):
+            file.write(zeros)
+        file.write(gzip.compress(bytes(1024)))
+    return archive
+
+
+def test_a_packer_that_checks_an_archive_is_heard_of_and_stops_when_told(
+    exportd: Exportd, exports: Path, start_packer: Any
+) -> None:
+    job_id = ask(exportd, slow_archive(exports))
+    packer = start_packer()
+    (check,) = wait_for("the check", lambda: psutil.Process(packer.process.pid).children())
+
+    def seen_at() -> Any:
+        return query(exportd.dsn, "SELECT packer_seen_at FROM export_jobs WHERE job_id = %s", (job_id,))
+
+    before = seen_at()
+    wait_for("another heartbeat", lambda: seen_at() != before)
+    assert check.is_running()
+    assert packer.stop() == 0
+    assert not check.is_running()
+    assert state(exportd, job_id) == ("pending", None, 0, None, None)
+    assert not list(exportd.storage.glob("*.tar.gz"))
 
 
 def test_a_job_that_somebody_took_over_is_discarded(
