@@ -267,8 +267,9 @@ class DownloadSettings(_Section):
 
     @model_validator(mode="after")
     def _rates_in_order(self) -> Self:
-        if 0 < self.max_rate_bytes_per_second < self.least_rate_bytes_per_second:
-            raise ValueError("max_rate_bytes_per_second must not be less than least_rate_bytes_per_second")
+        for name in ("max_rate_bytes_per_second", "total_rate_bytes_per_second"):
+            if 0 < getattr(self, name) < self.least_rate_bytes_per_second:
+                raise ValueError(f"{name} must not be less than least_rate_bytes_per_second")
         return self
 
 

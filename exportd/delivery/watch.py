@@ -136,8 +136,7 @@ class Watch:
         elapsed = now - self._window_began_at
         if elapsed >= self._patience.least_rate_window_seconds:
             rate = (taken - self._taken_before_window) / elapsed
-            # Where nothing waits for the client, exportd itself is the slow one.
-            if rate < self._patience.least_rate_bytes_per_second and self._queued_bytes():
+            if rate < self._patience.least_rate_bytes_per_second:
                 return "too slow"
             self._window_began_at, self._taken_before_window = now, taken
         return None

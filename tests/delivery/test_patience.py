@@ -6,7 +6,7 @@ import pytest
 import structlog
 
 from tests.delivery.test_broken_deliveries import SIZE, connect, outcomes, request_bytes, until_idle
-from tests.support.application import ANN, Jobs, Start, noise
+from tests.support.application import Jobs, Start, noise
 
 
 @pytest.mark.parametrize("sender", ["sendfile", "chunks"], indirect=True)
@@ -39,23 +39,6 @@ async def test_a_client_that_takes_nothing_is_dropped(
     assert (ended["reason"], ended["method"]) == (reason, sender)
     assert outcomes(jobs) == [("aborted", False)]
     assert jobs.counts(package)[0] == 0
-
-
-@pytest.mark.parametrize("sender", ["sendfile", "chunks"], indirect=True)
-async def test_where_exportd_is_the_slow_one_the_client_is_not_dropped(
-    start: Start, jobs: Jobs, sender: str
-) -> None:
-    client = await start(
-        download={
-            "sendfile": sender == "sendfile",
-            "total_rate_bytes_per_second": 1_000_000,
-            "least_rate_bytes_per_second": 10**12,
-            "least_rate_window_seconds": 0.2,
-        }
-    )
-    package = jobs.add(noise(1_500_000))
-    async with client.get(package.url, headers=ANN) as response:
-        assert await response.read() == package.content
 
 
 @pytest.mark.parametrize(
