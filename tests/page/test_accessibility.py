@@ -80,6 +80,7 @@ def show_signed_out(page: Page) -> None:
 
 
 def show_empty(page: Page) -> None:
+    page.once("dialog", lambda dialog: dialog.accept())
     page.evaluate("(token) => { location.hash = `token=${token}`; }", token("nobody"))
     expect(page.get_by_role("heading", name="No exports yet")).to_be_visible()
 
