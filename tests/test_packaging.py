@@ -24,6 +24,6 @@ def test_the_wheel_holds_schema_configuration_and_migrations(tmp_path: Path) -> 
             assert archive.read(f"exportd/{name}") == (REPOSITORY / name).read_bytes()
     migrations = (REPOSITORY / "exportd" / "db" / "migrations").glob("*.sql")
     assert {f"exportd/db/migrations/{path.name}" for path in migrations} <= names
-    pages = [path.name for path in (REPOSITORY / "exportd" / "api" / "swagger").iterdir()]
-    assert {f"exportd/api/swagger/{name}" for name in pages} <= names
+    pages = [path.name for path in (REPOSITORY / "exportd" / "web" / "openapi" / "swagger").iterdir()]
+    assert {f"exportd/web/openapi/swagger/{name}" for name in pages} <= names
     assert not any(name.startswith(("tests/", "benchmarks/")) for name in names)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import jwt
 
 from exportd.auth.keys import HMAC_ALGORITHMS, VerificationKey, load_public_key, secret_key
-from exportd.auth.principal import Principal
+from exportd.domain.principal import Principal
 from exportd.errors import OperatorError
 
 if TYPE_CHECKING:

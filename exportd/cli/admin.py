@@ -22,9 +22,9 @@ from exportd.cli.common import (
 if TYPE_CHECKING:
     import uuid
 
-    from exportd.db.rows import DownloadStatistics
-    from exportd.packages.cleanup import CleanupSummary, Orphans
-    from exportd.packages.verify import Verification
+    from exportd.domain.job import DownloadStatistics
+    from exportd.jobs.cleanup import CleanupSummary, Orphans
+    from exportd.jobs.verify import Verification
     from exportd.settings import Settings
 
 
@@ -50,7 +50,7 @@ def stats(config_file: Path | None, job_id: uuid.UUID | None, as_json: bool) -> 
     """Download statistics of the job JOB_ID, or of all."""
     import orjson
 
-    from exportd.api.statistics import describe_statistics
+    from exportd.web.jobs.statistics import describe_statistics
 
     settings = quiet_settings(config_file)
     with migrated_database(settings) as dsn:
@@ -67,14 +67,14 @@ async def _find_statistics(
     settings: Settings, dsn: str, job_id: uuid.UUID | None
 ) -> DownloadStatistics | None:
     from exportd.db.statistics import find_statistics
-    from exportd.http.sizes import LOWER_BOUNDS
+    from exportd.domain.sizes import LOWER_BOUNDS
 
     async with connected(settings, dsn) as database:
         return await find_statistics(database, job_id, LOWER_BOUNDS)
 
 
 def _statistics_table(statistics: DownloadStatistics) -> str:
-    from exportd.http.sizes import SIZE_RANGES, format_size
+    from exportd.domain.sizes import SIZE_RANGES, format_size
 
     last = statistics.last_downloaded_at
     lines = [
@@ -132,7 +132,7 @@ async def _clean_up(
     settings: Settings, dsn: str, dry_run: bool, remove_orphans: bool, days: float
 ) -> tuple[CleanupSummary, Orphans]:
     from exportd.app import make_cleanup
-    from exportd.packages.cleanup import find_orphans
+    from exportd.jobs.cleanup import find_orphans
 
     async with connected(settings, dsn) as database:
         cleaner = make_cleanup(settings, database)
@@ -159,7 +159,7 @@ def verify(config_file: Path | None, job_id: uuid.UUID | None, every: bool) -> N
     """
     import orjson
 
-    from exportd.packages.verify import become_idle
+    from exportd.jobs.verify import become_idle
 
     if (job_id is None) == (not every):
         raise click.UsageError("name a JOB_ID, or --all.")
@@ -174,8 +174,8 @@ def verify(config_file: Path | None, job_id: uuid.UUID | None, every: bool) -> N
 
 
 async def _verify(settings: Settings, dsn: str, job_id: uuid.UUID | None) -> Verification:
-    from exportd.packages.store import PackageStore
-    from exportd.packages.verify import verify_packages
+    from exportd.jobs.verify import verify_packages
+    from exportd.storage.files import PackageStore
 
     async with connected(settings, dsn) as database:
         return await verify_packages(database, PackageStore(settings.storage_root), job_id)

@@ -28,7 +28,7 @@ def demo(config_file: Path | None) -> None:
     import orjson
 
     from exportd.app import make_app
-    from exportd.packages.source import open_source
+    from exportd.archive.source import open_source
     from exportd.settings import load_settings
 
     exports = load_settings(config_file, os.environ).data_dir / "demo-exports"

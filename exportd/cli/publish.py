@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     import uuid
     from datetime import datetime
 
-    from exportd.packages.pack import DraftPackage, Progress
-    from exportd.packages.source import Source
+    from exportd.archive.pack import DraftPackage, Progress
+    from exportd.archive.source import Source
     from exportd.settings import Settings
 
 
@@ -37,7 +37,7 @@ def publish(
     """
     import orjson
 
-    from exportd.packages.source import open_source
+    from exportd.archive.source import open_source
 
     settings = quiet_settings(config_file)
     if not user_id.strip() or "\0" in user_id + tool_name:
@@ -64,7 +64,7 @@ def publish_package(
     """
     import uuid
 
-    from exportd.packages.pack import draft_package
+    from exportd.archive.pack import draft_package
 
     job_id = uuid.uuid4()
     days = retention_days or settings.retention.days

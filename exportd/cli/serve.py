@@ -15,7 +15,7 @@ from exportd.cli.common import config_option, connected, log_to_stdout, migrated
 if TYPE_CHECKING:
     import uuid
 
-    from exportd.server import Companion, MakeApp
+    from exportd.process.runner import Companion, MakeApp
     from exportd.settings import Key, Settings
 
 
@@ -74,8 +74,8 @@ def packer(config_file: Path | None, attended: bool) -> None:
     `exportd serve` runs one by itself where [packer] enabled is true; this is for other machines. Logs go to
     stdout.
     """
-    from exportd.packages.packer import packer_identity
-    from exportd.server import run_until_stopped
+    from exportd.jobs.packer import packer_identity
+    from exportd.process.runner import run_until_stopped
     from exportd.settings import load_settings
 
     settings = load_settings(config_file, os.environ)
@@ -86,7 +86,7 @@ def packer(config_file: Path | None, attended: bool) -> None:
 
 async def _pack(settings: Settings, dsn: str, packer_id: uuid.UUID) -> None:
     from exportd.app import open_storage
-    from exportd.packages.packer import Packer
+    from exportd.jobs.packer import Packer
 
     # One listens, one writes how far it is, one completes.
     async with connected(settings, dsn, least_connections=3) as database:
@@ -103,7 +103,7 @@ async def _pack(settings: Settings, dsn: str, packer_id: uuid.UUID) -> None:
 
 def packer_beside(config_file: Path | None, environ: Mapping[str, str]) -> Companion:
     """A packer that runs beside the daemon, with its settings but for the keys to tokens."""
-    from exportd.server import Companion
+    from exportd.process.runner import Companion
     from exportd.settings import child_environment
 
     config = ("--config", str(config_file)) if config_file else ()
@@ -119,12 +119,12 @@ def run_server(
     on_started: Callable[[str], None] = lambda _: None,
     companion: Companion | None = None,
 ) -> int:
-    """Serves as configured until a signal stops it; returns the exit status. See ``exportd.server.serve``."""
+    """Serves as configured until a signal stops it; returns the exit status (``process.runner.serve``)."""
     import structlog
 
-    from exportd import server
-    from exportd.api.connection import ConnectionLimits
+    from exportd.process import runner as server
     from exportd.telemetry.logging import reopen_logs
+    from exportd.web.edge.connection import ConnectionLimits
 
     log = structlog.get_logger()
     section = settings.server

@@ -7,9 +7,9 @@ the user, or times without a zone.
 from datetime import datetime
 from uuid import UUID
 
-from exportd.db.gather import Gatherer
+from exportd.db.batcher import Gatherer
 from exportd.db.pool import Database
-from exportd.db.rows import Job
+from exportd.domain.job import Job
 
 # More than one, so that a statement the database is slow with does not hold up everybody.
 _LOOK_UPS_AT_ONCE = 2

@@ -5,7 +5,7 @@ from datetime import datetime
 from uuid import UUID
 
 from exportd.db.pool import Database
-from exportd.db.rows import Job
+from exportd.domain.job import Job
 
 # Of one user to one package. Nobody needs as many; who makes more loses the oldest.
 _MOST_LINKS = 100

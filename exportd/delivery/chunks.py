@@ -9,7 +9,7 @@ from aiohttp.web import StreamResponse
 from exportd.delivery import cold
 from exportd.delivery.outcome import DeliveryAborted, Observer, PackageUnreadable, Progress
 from exportd.delivery.pacing import Pacer
-from exportd.packages.store import OpenPackage, PackageChanged
+from exportd.storage.files import OpenPackage, PackageChanged
 
 _PAUSE_SECONDS = 0.001
 

@@ -22,7 +22,7 @@ from exportd.delivery.watch import Patience, Watch
 from exportd.http.body import Segment
 from exportd.http.ranges import ByteRange
 from exportd.limits.board import Entry
-from exportd.packages.store import OpenPackage, PackageChanged
+from exportd.storage.files import OpenPackage, PackageChanged
 
 # Below this a socket's buffer takes all of a package anyway.
 _LARGE_BYTES = 1024 * 1024

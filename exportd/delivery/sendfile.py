@@ -12,7 +12,7 @@ import time
 from exportd.delivery.cold import is_resident, make_resident
 from exportd.delivery.outcome import DeliveryAborted, Observer, PackageUnreadable, Progress
 from exportd.delivery.watch import Watch
-from exportd.packages.store import OpenPackage, PackageChanged
+from exportd.storage.files import OpenPackage, PackageChanged
 
 # What a socket says when the other side has gone; ConnectionError covers the rest.
 _PEER_GONE = {errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN, errno.ENOTCONN}

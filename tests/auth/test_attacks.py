@@ -22,8 +22,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from exportd.auth.keys import UnusableKey, load_public_key, parse_jwks, secret_key
-from exportd.auth.principal import Principal
 from exportd.auth.tokens import Claims, InvalidToken, Tokens
+from exportd.domain.principal import Principal
 
 SECRET = "s" * 64
 RSA = rsa.generate_private_key(65537, 2048)

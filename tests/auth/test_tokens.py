@@ -8,8 +8,8 @@ from pathlib import Path
 import jwt
 import pytest
 
-from exportd.auth.principal import Principal
 from exportd.auth.tokens import Claims, InvalidToken, Tokens, load_or_make_secret
+from exportd.domain.principal import Principal
 
 SECRET = "s" * 64
 

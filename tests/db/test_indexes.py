@@ -8,8 +8,10 @@ import psycopg2
 import pytest
 from psycopg2.extras import register_uuid
 
-from exportd.db import downloads, job_details, jobs, links, packing, quota, re_exports, statistics
+from exportd.counting import record as downloads
+from exportd.db import job_details, jobs, links, packing, re_exports, statistics
 from exportd.db.expiry import _FIND_UNFINISHED, TAKE_EXPIRED
+from exportd.limits import quota
 from tests.support.postgres import query
 
 # The planner goes by statistics, which rows of earlier tests would leave behind.

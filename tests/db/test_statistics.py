@@ -2,12 +2,12 @@
 
 import uuid
 
-from exportd.db.downloads import record_downloads
+from exportd.counting.record import record_downloads
 from exportd.db.pool import Database
-from exportd.db.rows import FailureCount
 from exportd.db.statistics import find_statistics
-from exportd.http.sizes import LOWER_BOUNDS, SIZE_RANGES
-from tests.db.test_ledger import completed_job, event, part
+from exportd.domain.job import FailureCount
+from exportd.domain.sizes import LOWER_BOUNDS, SIZE_RANGES
+from tests.counting.test_ledger import completed_job, event, part
 
 
 async def test_a_job_that_was_never_downloaded_has_nothing_to_tell(database: Database) -> None:

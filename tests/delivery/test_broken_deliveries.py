@@ -13,10 +13,10 @@ import pytest
 import structlog
 from aiohttp.test_utils import TestClient
 
-from exportd.api.download import LEDGER
-from exportd.api.middleware import LIFECYCLE
 from exportd.delivery import cold, sendfile, watch
-from exportd.packages.store import OpenPackage
+from exportd.storage.files import OpenPackage
+from exportd.web.downloads.handler import LEDGER
+from exportd.web.edge.boundary import LIFECYCLE
 from tests.support.application import ANN, Jobs, Package, Start, noise, until_idle
 from tests.support.postgres import query
 

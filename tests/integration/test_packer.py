@@ -22,7 +22,7 @@ import pytest
 
 from exportd.db.packing import take_job
 from exportd.db.pool import open_database
-from exportd.packages import packer as packer_module
+from exportd.jobs import packer as packer_module
 from tests.support.application import ANN, BASE
 from tests.support.daemon import Daemon, Exportd, wait_for
 from tests.support.postgres import query

@@ -160,7 +160,7 @@ def test_workers_that_have_hardly_begun_hear_that_they_shall_stop(exportd: Expor
 
 _FORK_BESIDE_A_COMPANION = """
 import os, signal, sys, threading, time
-from exportd import server
+from exportd.process import runner as server
 
 ends = 0
 

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 WHOLE_CHROMIUM = True
 ROOT = Path(__file__).parent.parent.parent
 DOCUMENTATION = ROOT / "docs" / "component.md"
-SCRIPTS = ROOT / "exportd" / "page"
+SCRIPTS = ROOT / "exportd" / "web" / "pages" / "static"
 
 
 class Host:

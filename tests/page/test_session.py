@@ -5,7 +5,7 @@ import json
 import pytest
 from playwright.sync_api import Dialog, expect
 
-from exportd.http.sizes import format_size
+from exportd.domain.sizes import format_size
 from tests.page.conftest import Site, row, token
 from tests.support.application import noise
 from tests.support.postgres import query

@@ -14,10 +14,10 @@ import uvloop
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
-from exportd.api.middleware import LIFECYCLE
 from exportd.app import make_app
 from exportd.auth.tokens import Claims, Tokens
 from exportd.settings import Settings
+from exportd.web.edge.boundary import LIFECYCLE
 from tests.support.postgres import migrated_database, query
 
 SECRET = "a secret for the tests, 32 bytes long"

@@ -5,8 +5,8 @@ from collections.abc import AsyncIterator
 
 from aiohttp import web
 
-from exportd.api.connection import ConnectionLimits
-from exportd.server import DrainingRunner
+from exportd.process.runner import DrainingRunner
+from exportd.web.edge.connection import ConnectionLimits
 
 
 class Served:

@@ -1,0 +1,222 @@
+"""Events that the database cannot take now wait in a file: append-only, one checksummed line each.
+
+Each process writes a file of its own and holds a lock on it, so a file whose lock is free belongs to a
+process that has ended: whoever finds it first finishes its work. What was appended is on the disk (fsync)
+when ``append`` returns.
+"""
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import zlib
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Self
+from uuid import UUID
+
+import orjson
+import structlog
+
+from exportd.domain.job import DownloadEvent
+
+log = structlog.get_logger()
+
+_SUFFIX = ".spool"
+_DAMAGED_SUFFIX = ".damaged"
+
+
+class Spool:
+    """The spool file of one process, ``<folder>/<owner>.spool``. Opening it makes it and takes its lock."""
+
+    def __init__(self, path: Path, descriptor: int) -> None:
+        self.owner = UUID(path.stem)
+        self._path = path
+        self._descriptor = descriptor
+        self._access = asyncio.Lock()
+        # What was read, up to this position and line, and is not written yet.
+        self._unwritten: list[DownloadEvent] = []
+        self._position = 0
+        self._lines = 0
+        # What no disk took, by its identity: it may be given a second time.
+        self._homeless: dict[int, DownloadEvent] = {}
+        self._waiting: Counter[UUID] = Counter()
+
+    @classmethod
+    def create(cls, folder: Path, owner: UUID) -> Self:
+        """Raises OSError."""
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path = folder / f"{owner}{_SUFFIX}"
+        while True:
+            descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            # Another process may have adopted it, found it empty and removed it before it was locked.
+            if os.fstat(descriptor).st_nlink > 0:
+                return cls(path, descriptor)
+            os.close(descriptor)
+
+    @classmethod
+    def adopt(cls, folder: Path, passed_over: set[str]) -> list[Self]:
+        """The spools whose processes have ended, each locked for the caller.
+
+        What cannot be read is told, once for each name in ``passed_over``, and costs none of the others.
+        """
+        found = []
+        for path in sorted(folder.glob(f"*{_SUFFIX}")):
+            try:
+                if (spool := cls._take(path)) is not None:
+                    found.append(spool)
+            except (OSError, ValueError) as error:
+                if path.name not in passed_over:
+                    passed_over.add(path.name)
+                    log.error("spool_not_adopted", file=path.name, error=str(error))
+        return found
+
+    @classmethod
+    def _take(cls, path: Path) -> Self | None:
+        """None: its process lives. Raises OSError, and ValueError for a name that is nobody's."""
+        UUID(path.stem)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        with contextlib.ExitStack() as stack:
+            stack.callback(os.close, descriptor)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return None
+            if os.fstat(descriptor).st_nlink == 0:
+                return None
+            spool = cls(path, descriptor)
+            spool._unwritten = spool._read_on()
+            spool._waiting.update(event.job_id for event in spool._unwritten)
+            stack.pop_all()
+            return spool
+
+    def __len__(self) -> int:
+        """How many events wait here."""
+        return self._waiting.total()
+
+    @property
+    def job_ids(self) -> Collection[UUID]:
+        """The jobs whose events wait here."""
+        return self._waiting.keys()
+
+    async def append(self, events: Sequence[DownloadEvent]) -> None:
+        """Returns once the events are on the disk. Raises OSError, and then none of them is in the file."""
+        # It begins with a line's end: what a failed append may have left must not spoil the first line.
+        block = b"\n" + b"".join(_to_line(event) for event in events)
+        async with self._access:
+            await asyncio.to_thread(self._append, block)
+            self._waiting.update(event.job_id for event in events)
+
+    async def keep(self, events: Sequence[DownloadEvent]) -> None:
+        """Events that the disk does not take wait in memory, behind what is in the file."""
+        async with self._access:
+            try:
+                self._unwritten += await asyncio.to_thread(self._read_on)
+            except RuntimeError:
+                # No thread is to be had either.
+                self._unwritten += self._read_on()
+            new = {id(event): event for event in events if id(event) not in self._homeless}
+            self._homeless |= new
+            self._unwritten += new.values()
+            self._waiting.update(event.job_id for event in new.values())
+
+    async def waiting(self) -> list[DownloadEvent]:
+        """What waits here, in order. A process that is killed leaves it to the next, from the beginning."""
+        async with self._access:
+            self._unwritten += await asyncio.to_thread(self._read_on)
+            return list(self._unwritten)
+
+    async def written(self, events: Sequence[DownloadEvent]) -> None:
+        """Those of ``waiting`` wait no more. The file is emptied when nothing does: until then, whoever
+        finds it writes some a second time, and that is as good as once."""
+        done = {id(event) for event in events}
+        async with self._access:
+            gone = [event for event in self._unwritten if id(event) in done]
+            self._unwritten = [event for event in self._unwritten if id(event) not in done]
+            self._waiting -= Counter(event.job_id for event in gone)
+            for event in gone:
+                self._homeless.pop(id(event), None)
+            if not self._unwritten and self._position == os.fstat(self._descriptor).st_size:
+                await asyncio.to_thread(self._empty)
+                self._position = self._lines = 0
+                self._waiting.clear()
+
+    @property
+    def homeless(self) -> list[DownloadEvent]:
+        """What waits in memory only."""
+        return list(self._homeless.values())
+
+    def read(self) -> Iterator[DownloadEvent]:
+        """The events in the file. A torn last line was promised to nobody; damage elsewhere is told."""
+        return self._parse(self._content(0), 0)
+
+    def _read_on(self) -> list[DownloadEvent]:
+        content = self._content(self._position)
+        events = list(self._parse(content, self._lines))
+        self._position += len(content)
+        self._lines += content.count(b"\n")
+        return events
+
+    def _content(self, start: int) -> bytes:
+        return os.pread(self._descriptor, os.fstat(self._descriptor).st_size - start, start)
+
+    def _parse(self, content: bytes, lines_before: int) -> Iterator[DownloadEvent]:
+        for number, line in enumerate(content.splitlines(keepends=True), start=lines_before + 1):
+            if line == b"\n":
+                continue
+            event = _from_line(line)
+            if event is not None:
+                yield event
+            elif line.endswith(b"\n"):
+                log.error("spool_line_damaged", file=self._path.name, line=number)
+                with contextlib.suppress(OSError):
+                    self._path.with_suffix(_DAMAGED_SUFFIX).write_bytes(content)
+
+    def close(self) -> None:
+        """Removes the file if nothing waits in it, and lets go of it."""
+        if not self._waiting:
+            self._path.unlink(missing_ok=True)
+        os.close(self._descriptor)
+
+    def _append(self, block: bytes) -> None:
+        before = os.fstat(self._descriptor).st_size
+        try:
+            left = memoryview(block)
+            while left:
+                left = left[os.write(self._descriptor, left) :]
+            os.fsync(self._descriptor)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._descriptor, before)
+            raise
+
+    def _empty(self) -> None:
+        os.ftruncate(self._descriptor, 0)
+
+
+def _to_line(event: DownloadEvent) -> bytes:
+    content = orjson.dumps(event)
+    return b"%08x %b\n" % (zlib.crc32(content), content)
+
+
+def _from_line(line: bytes) -> DownloadEvent | None:
+    checksum, _, content = line.removesuffix(b"\n").partition(b" ")
+    if not line.endswith(b"\n") or checksum != b"%08x" % zlib.crc32(content):
+        return None
+    try:
+        fields = orjson.loads(content)
+        for name in ("event_id", "job_id", "daemon_id"):
+            fields[name] = UUID(fields[name])
+        for name in ("requested", "received"):
+            fields[name] = tuple((start, stop) for start, stop in fields[name])
+        fields["started_at"] = datetime.fromisoformat(fields["started_at"])
+        return DownloadEvent(**fields)
+    except (KeyError, TypeError, ValueError):
+        # Whole, and of a version with other fields.
+        return None

@@ -1,0 +1,62 @@
+"""Who may download what, and when: a pure function of principal, job and the clock.
+
+Permission is decided before readiness and expiry, so that a stranger learns nothing of a job but that it
+exists.
+"""
+
+import enum
+from datetime import timedelta
+from typing import Literal
+
+from exportd.domain.job import Job
+from exportd.domain.principal import Principal
+
+
+class Decision(enum.Enum):
+    """What becomes of a request for a package."""
+
+    ALLOWED = enum.auto()
+    UNAUTHORIZED = enum.auto()
+    NOT_READY = enum.auto()
+    EXPIRED = enum.auto()
+    # Past its expiry: who began before may go on for the grace time.
+    RESUMABLE = enum.auto()
+    SUSPECT = enum.auto()
+
+
+def may_see(principal: Principal, creator: str) -> bool:
+    """Whether a principal may see a job of that creator at all."""
+    return principal.is_admin or principal.user_id == creator
+
+
+def package_state(job: Job) -> Literal["available", "expired", "deleted", "suspect"] | None:
+    """What became of a completed job's package, at the time the job was read; None: there is none yet."""
+    if job.status != "completed":
+        return None
+    # The cleanup sets the path of a deleted package to null.
+    if job.package_path is None:
+        return "deleted"
+    if job.package_expires_at is not None and job.read_at >= job.package_expires_at:
+        return "expired"
+    return "suspect" if job.is_suspect else "available"
+
+
+def decide_download(principal: Principal, job: Job, grace: timedelta) -> Decision:
+    """Whether a principal may download the job's package, by the database's clock when the job was read.
+
+    ``grace`` is how long after the expiry a download may be resumed that began before.
+    """
+    if not may_see(principal, job.user_id):
+        return Decision.UNAUTHORIZED
+    match package_state(job):
+        case None:
+            return Decision.NOT_READY
+        case "available":
+            return Decision.ALLOWED
+        case "suspect":
+            return Decision.SUSPECT
+        case "expired" if not job.is_suspect and job.package_expires_at is not None:
+            is_over = job.read_at >= job.package_expires_at + grace
+            return Decision.EXPIRED if is_over else Decision.RESUMABLE
+        case _:
+            return Decision.EXPIRED

@@ -1,0 +1,289 @@
+"""The cleanup: packages and events whose time has come go, on a schedule.
+
+One at a time in the fleet, by a lock of the database. A package's file goes first and its row follows, in one
+transaction for each batch: a crash in between leaves a row whose file is missing, which the next run takes
+for deleted. Nothing goes while somebody may still resume its download.
+"""
+
+import asyncio
+import contextlib
+import os
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timedelta
+from zoneinfo import ZoneInfo
+
+import aiocron
+import structlog
+from cronsim import CronSim
+
+from exportd.counting.record import prune_events
+from exportd.db.expiry import (
+    FIRST_ID,
+    ExpiredPackage,
+    database_clock,
+    last_cleanup,
+    list_package_paths,
+    mark_deleted,
+    newest_package_paths,
+    record_cleanup,
+    take_expired,
+)
+from exportd.db.links import prune_links
+from exportd.db.pool import Database, DatabaseRefused, DatabaseUnavailable, Session
+from exportd.errors import OperatorError
+from exportd.storage.files import PackageMissing, PackageStore, PackageUnusable
+
+log = structlog.get_logger()
+
+_LOCK = "exportd cleanup"
+_BATCH = 50
+# A batch holds its rows' locks, and the ledger writes to those rows.
+_BATCH_SECONDS = 0.5
+# How much longer than a batch the pause after it is.
+_REST = 2.0
+# How much the clocks of this machine and the database may differ, for which scheduled run this is.
+_CLOCK_TOLERANCE = timedelta(seconds=5)
+_MOST_NAMES = 100
+
+
+class CleanupRefused(OperatorError):
+    """The cleanup will not run. The message says why, for the operator."""
+
+
+@dataclass(slots=True)
+class CleanupSummary:
+    """What a cleanup did; in a dry run, what it would have done."""
+
+    packages_deleted: int = 0
+    packages_failed: int = 0
+    packages_waiting: int = 0
+    bytes_freed: int = 0
+    events_pruned: int = 0
+    duration_seconds: float = 0.0
+
+
+@dataclass(slots=True)
+class Orphans:
+    """Files that no job points to: all of them, and the first names."""
+
+    count: int = 0
+    bytes: int = 0
+    removed: int = 0
+    names: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Cleanup:
+    """What is cleaned up, and by which rules. ``event_days`` 0: events stay."""
+
+    database: Database
+    store: PackageStore
+    grace: timedelta
+    event_days: int
+    on_finished: Callable[[CleanupSummary], None] = lambda _: None
+
+    async def run(self, *, due_at: Callable[[datetime], datetime] | None = None) -> CleanupSummary | None:
+        """Deletes expired packages and old events, logs one line and records the run.
+
+        ``due_at`` tells the last scheduled time before another one: where a run has started since then,
+        nothing is done. None: nothing was done. Raises CleanupRefused, DatabaseUnavailable, DatabaseRefused.
+        """
+        if not self.store.is_marked():
+            raise CleanupRefused(
+                f"the storage root {self.store.root} has no file .exportd-storage: is it mounted? "
+                "If it is the right folder, create that file"
+            )
+        if due_at is not None and await self._has_run_since(self.database, due_at):
+            return None
+        async with self.database.session() as session, session.try_lock(_LOCK) as is_alone:
+            if not is_alone:
+                if due_at is None:
+                    raise CleanupRefused("another cleanup is running")
+                return None
+            if due_at is not None and await self._has_run_since(session, due_at):
+                return None
+            started_at, started = await database_clock(session), time.monotonic()
+            summary = CleanupSummary()
+            await self._delete_packages(session, summary)
+            await prune_links(self.database)
+            if self.event_days:
+                summary.events_pruned = await prune_events(self.database, self.event_days)
+            summary.duration_seconds = round(time.monotonic() - started, 6)
+            fields = asdict(summary)
+            await record_cleanup(session, {"run_id": uuid.uuid4(), "started_at": started_at, **fields})
+        log.info("cleanup_finished", **fields)
+        self.on_finished(summary)
+        return summary
+
+    async def look(self) -> CleanupSummary:
+        """What ``run`` would do to packages. Raises DatabaseUnavailable and DatabaseRefused."""
+        summary, last = CleanupSummary(), None
+        while packages := await take_expired(self.database, last, _BATCH, self.grace, lock=False):
+            last = packages[-1]
+            ready = [package for package in packages if not package.is_waiting]
+            summary.packages_waiting += len(packages) - len(ready)
+            summary.packages_deleted += len(ready)
+            summary.bytes_freed += sum(package.size_bytes for package in ready)
+        return summary
+
+    async def run_scheduled(self, due_at: Callable[[datetime], datetime]) -> None:
+        """As ``run``; what goes wrong is logged. Raises nothing but cancellation."""
+        try:
+            await self.run(due_at=due_at)
+        except CleanupRefused as error:
+            log.error("cleanup_refused", reason=str(error))
+        except (DatabaseUnavailable, DatabaseRefused) as error:
+            log.error("cleanup_failed", error=str(error))
+        except Exception:  # the edge of a task that nobody waits for
+            log.exception("cleanup_failed")
+
+    async def _has_run_since(
+        self, database: Database | Session, due_at: Callable[[datetime], datetime]
+    ) -> bool:
+        last = await last_cleanup(database)
+        if last is None:
+            return False
+        now = await database_clock(database)
+        return last[0] >= due_at(now + _CLOCK_TOLERANCE) - _CLOCK_TOLERANCE
+
+    async def _delete_packages(self, session: Session, summary: CleanupSummary) -> None:
+        last: ExpiredPackage | None = None
+        while True:
+            started = time.monotonic()
+            async with session.transaction():
+                packages = await take_expired(session, last, _BATCH, self.grace, lock=True)
+                if not packages:
+                    return
+                last, deleted = await asyncio.to_thread(self._unlink, packages, summary)
+                await mark_deleted(session, deleted)
+            # Downloads need the disk, the database and the processor too, and nobody waits for this.
+            await asyncio.sleep(_REST * (time.monotonic() - started))
+
+    def _unlink(
+        self, packages: list[ExpiredPackage], summary: CleanupSummary
+    ) -> tuple[ExpiredPackage, list[uuid.UUID]]:
+        """Unlinks as many as half a second allows, one at least. The last one looked at, and the jobs that
+        are without a package now."""
+        until = time.monotonic() + _BATCH_SECONDS
+        deleted: list[uuid.UUID] = []
+        for package in packages:
+            if package.is_waiting:
+                summary.packages_waiting += 1
+            else:
+                try:
+                    if set(package.shared_with) <= set(deleted):
+                        summary.bytes_freed += self.store.remove(package.package_path)
+                except PackageMissing:
+                    pass
+                except PackageUnusable as error:
+                    summary.packages_failed += 1
+                    log.error("package_not_deleted", job_id=str(package.job_id), reason=str(error))
+                    continue
+                deleted.append(package.job_id)
+                summary.packages_deleted += 1
+            if time.monotonic() > until:
+                break
+        return package, deleted
+
+
+async def find_orphans(
+    database: Database, store: PackageStore, older_than_days: float, *, remove: bool
+) -> Orphans:
+    """Files in the storage that no job points to and nobody has touched for so long.
+
+    Raises CleanupRefused, OSError, DatabaseUnavailable and DatabaseRefused.
+    """
+    if not store.is_marked():
+        raise CleanupRefused(f"the storage root {store.root} has no file .exportd-storage: is it mounted?")
+    before = time.time() - older_than_days * 86400
+
+    def list_old() -> dict[str, int]:
+        return {
+            name: status.st_size
+            for name, status in store.list_files()
+            if max(status.st_mtime, status.st_ctime) < before
+        }
+
+    # The files first: a package that is published meanwhile is not among them, or its job is found.
+    found = await asyncio.to_thread(list_old)
+    after = FIRST_ID
+    while rows := await list_package_paths(database, after):
+        after = rows[-1][0]
+        for _, path in rows:
+            if (name := store.name_of(path)) is not None:
+                found.pop(name, None)
+    orphans = Orphans(len(found), sum(found.values()), 0, sorted(found)[:_MOST_NAMES])
+    if remove:
+        for name in found:
+            try:
+                await asyncio.to_thread(store.remove, name)
+            except (PackageMissing, PackageUnusable) as error:
+                log.error("orphan_not_removed", name=name, reason=str(error))
+            else:
+                orphans.removed += 1
+        log.info("orphans_removed", count=orphans.removed, failed=orphans.count - orphans.removed)
+    return orphans
+
+
+async def claim_storage(database: Database, store: PackageStore) -> None:
+    """Marks the root as the storage, if that is beyond doubt: the database knows no package, or one of its
+    newest is really there. Raises DatabaseUnavailable and OSError."""
+    if store.is_marked():
+        return
+    paths = await newest_package_paths(database)
+    if not paths or any(_is_there(store, path) for path in paths):
+        store.mark()
+    else:
+        log.error("storage_not_recognised", looked_for=len(paths))
+
+
+def _is_there(store: PackageStore, path: str) -> bool:
+    try:
+        package = store.open(path, None)
+    except (PackageMissing, PackageUnusable):
+        return False
+    os.close(package.descriptor)
+    return True
+
+
+@contextlib.asynccontextmanager
+async def on_schedule(
+    schedule: str,
+    timezone: str,
+    run: Callable[[Callable[[datetime], datetime]], Coroutine[None, None, None]],
+) -> AsyncIterator[None]:
+    """Runs ``run`` by a crontab line, in the time of a zone, while the block lasts; never twice at once.
+
+    Also at the start, for a run that was missed: ``run`` is told how to find the last scheduled time.
+    """
+    lock = asyncio.Lock()
+    running: set[asyncio.Task[None]] = set()
+    zone = ZoneInfo(timezone)
+
+    def last_due(now: datetime) -> datetime:
+        return next(CronSim(schedule, now.astimezone(zone), reverse=True))
+
+    async def run_alone() -> None:
+        if lock.locked():
+            return
+        async with lock:
+            task = asyncio.create_task(run(last_due))
+            running.add(task)
+            try:
+                await asyncio.wait([task])
+            finally:
+                running.discard(task)
+
+    missed = asyncio.create_task(run_alone())
+    cron = aiocron.crontab(schedule, func=run_alone, loop=asyncio.get_running_loop(), tz=zone, start=True)
+    try:
+        yield
+    finally:
+        cron.stop()
+        tasks = [missed, *running]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

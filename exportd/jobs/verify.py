@@ -1,0 +1,108 @@
+"""Verifying packages: each is read again, and its SHA-256 compared with what was recorded.
+
+At idle priority, and without pushing what downloads need out of the page cache.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import os
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from uuid import UUID
+
+import psutil
+import structlog
+
+from exportd.db.pool import Database
+from exportd.db.verification import RecordedPackage, list_packages, mark_sound, mark_suspect
+from exportd.storage.files import OpenPackage, PackageChanged, PackageMissing, PackageStore, PackageUnusable
+
+log = structlog.get_logger()
+
+_READ_BYTES = 1024 * 1024
+
+
+@dataclass(slots=True)
+class Verification:
+    """How many packages there were, by what was found. ``unknown``: no digest was ever recorded."""
+
+    sound: int = 0
+    damaged: int = 0
+    missing: int = 0
+    unreadable: int = 0
+    unknown: int = 0
+    bytes_read: int = 0
+
+
+def become_idle() -> None:
+    """Lets everybody else have the processor and the disk first, as far as the system can."""
+    process = psutil.Process()
+    with contextlib.suppress(psutil.Error, OSError):
+        process.nice(19)
+    with contextlib.suppress(AttributeError, psutil.Error, OSError):
+        process.ionice(psutil.IOPRIO_CLASS_IDLE)
+
+
+async def verify_packages(database: Database, store: PackageStore, job_id: UUID | None) -> Verification:
+    """Verifies the package of one job, or all of them, and marks those that are damaged as suspect; one that
+    was suspect and is sound is so no longer.
+
+    Raises OSError for nothing that concerns one package alone, and DatabaseUnavailable.
+    """
+    found = Verification()
+    async for package in _packages(database, job_id):
+        said = {"job_id": str(package.job_id)}
+        try:
+            digest = await asyncio.to_thread(_digest, store, package)
+        except PackageMissing:
+            found.missing += 1
+            log.error("package_missing", **said)
+            continue
+        except PackageChanged as error:
+            digest = str(error)
+        except PackageUnusable as error:
+            found.unreadable += 1
+            log.error("package_unreadable", reason=str(error), **said)
+            continue
+        found.bytes_read += package.size_bytes or 0
+        if package.sha256 is None:
+            found.unknown += 1
+        elif digest == package.sha256:
+            found.sound += 1
+            if package.is_suspect and await mark_sound(database, package):
+                log.warning("package_cleared", **said)
+        else:
+            found.damaged += 1
+            await mark_suspect(database, package)
+            log.error("package_damaged", found=digest, recorded=package.sha256, **said)
+    return found
+
+
+async def _packages(database: Database, job_id: UUID | None) -> AsyncIterator[RecordedPackage]:
+    after: UUID | None = None
+    while packages := await list_packages(database, job_id, after):
+        for package in packages:
+            yield package
+        after = packages[-1].job_id
+
+
+def _digest(store: PackageStore, package: RecordedPackage) -> str:
+    with store.open(package.package_path, None) as opened:
+        if package.size_bytes is not None and opened.size_bytes != package.size_bytes:
+            raise PackageChanged(f"{opened.size_bytes} bytes in place of {package.size_bytes}")
+        try:
+            return _hash(opened)
+        except OSError as error:
+            raise PackageUnusable(error.strerror or str(error)) from error
+
+
+def _hash(package: OpenPackage) -> str:
+    digest = hashlib.sha256()
+    offset = 0
+    while data := os.pread(package.descriptor, _READ_BYTES, offset):
+        digest.update(data)
+        os.posix_fadvise(package.descriptor, offset, len(data), os.POSIX_FADV_DONTNEED)
+        offset += len(data)
+    package.check_unchanged()
+    return digest.hexdigest()

@@ -1,0 +1,62 @@
+"""How much a principal downloaded in the last day, of every daemon on this database."""
+
+import math
+
+from exportd.counting.record import checkpoint_downloads
+from exportd.db.pool import Database, Session
+from exportd.domain.job import DownloadEvent
+
+# A delivery that ended took what arrived; one that runs may take all that it asked for. Of those that ended,
+# newest first, the one at which the sum reaches the limit: once it is a day old, there is room again.
+REACH_QUOTA = """
+WITH day AS (
+    SELECT started_at, event_id, outcome = 'running' AS is_running,
+           CASE
+               WHEN outcome = 'running'
+               THEN (SELECT sum(upper(part) - lower(part)) FROM unnest(requested) AS part)
+               ELSE coalesce(bytes_acknowledged, bytes_sent)
+           END AS bytes
+      FROM download_events
+     WHERE user_id = %(user_id)s AND started_at > now() - interval '1 day'
+)
+SELECT coalesce((SELECT sum(bytes) FROM day), 0) >= %(limit)s,
+       (
+         SELECT extract(epoch FROM started_at + interval '1 day' - now())::double precision
+           FROM (
+             SELECT started_at, sum(bytes) OVER (ORDER BY started_at DESC, event_id) AS total
+               FROM day
+              WHERE NOT is_running
+           ) AS ended
+          WHERE total >= %(limit)s
+          ORDER BY started_at DESC
+          LIMIT 1
+       )
+"""
+# Until the transaction's end; of two that start at once, the second sees the first.
+_TAKE_TURNS = "SELECT pg_advisory_xact_lock(hashtextextended('exportd quota ' || %s, 0))"
+# Nobody knows when a running delivery ends.
+_RETRY_SECONDS = 10
+
+
+async def seconds_until_within_quota(
+    database: Database | Session, user_id: str, limit_bytes: int
+) -> int | None:
+    """None: the deliveries that began in the last day sum up to less than the limit. Otherwise, for how many
+    seconds not. Raises DatabaseUnavailable."""
+    row = await database.fetch_one(REACH_QUOTA, {"user_id": user_id, "limit": limit_bytes})
+    assert row is not None
+    is_reached, seconds = row
+    if seconds is not None:
+        return max(1, math.ceil(float(seconds)))
+    return _RETRY_SECONDS if is_reached else None
+
+
+async def reserve_within_quota(database: Database, event: DownloadEvent, limit_bytes: int) -> int | None:
+    """As ``seconds_until_within_quota``, for a delivery that is to start; where it may, it is written down as
+    running, so that every daemon counts it from now on. Raises DatabaseUnavailable."""
+    async with database.session() as session, session.transaction():
+        await session.fetch_all(_TAKE_TURNS, (event.user_id,))
+        seconds = await seconds_until_within_quota(session, event.user_id, limit_bytes)
+        if seconds is None:
+            await checkpoint_downloads(session, [event])
+    return seconds

@@ -1,0 +1,112 @@
+"""Who is asking for which job: the first steps of every handler under the base path."""
+
+import hashlib
+import re
+from uuid import UUID
+
+import structlog
+from aiohttp import web
+
+from exportd.auth.tokens import InvalidToken, KeysUnavailable, Tokens
+from exportd.db.links import Link, find_link
+from exportd.db.pool import Database
+from exportd.domain.principal import Principal
+from exportd.web.edge.boundary import METRICS
+from exportd.web.edge.errors import (
+    DownloadUnauthorized,
+    IdentityProviderUnavailable,
+    InvalidJobId,
+    LinkExpired,
+    Unauthenticated,
+)
+from exportd.web.edge.limits import LIMITER
+
+log = structlog.get_logger()
+
+DATABASE = web.AppKey("database", Database)
+TOKENS = web.AppKey("tokens", Tokens)
+
+# UUID() alone would also take braces, "urn:uuid:" and hyphens anywhere.
+_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII | re.IGNORECASE)
+_CHALLENGE = 'Bearer realm="exportd"'
+
+
+def requested_job_id(request: web.Request) -> UUID:
+    """The job id of the path. Raises InvalidJobId."""
+    text = request.match_info["job_id"]
+    if not _UUID.fullmatch(text):
+        raise InvalidJobId
+    structlog.contextvars.bind_contextvars(job_id=text.lower())
+    return UUID(text)
+
+
+async def authenticate(request: web.Request) -> Principal:
+    """The principal of the request's bearer token (RFC 6750). Raises Unauthenticated,
+    RateLimited, and IdentityProviderUnavailable where nobody can tell whether the token is good."""
+    fields = request.headers.getall("Authorization", [])
+    if not fields:
+        raise _unauthenticated(request, None, _CHALLENGE)
+    scheme, _, token = fields[0].partition(" ")
+    try:
+        if len(fields) > 1 or scheme.lower() != "bearer":
+            raise InvalidToken("not one bearer token")
+        principal = await request.app[TOKENS].verify(token.strip(" "))
+    except InvalidToken as error:
+        challenge = f'{_CHALLENGE}, error="invalid_token"'
+        raise _unauthenticated(request, str(error), challenge) from error
+    except KeysUnavailable as error:
+        if request.app[LIMITER].may_log("identity provider", ""):
+            log.error("identity_provider_unavailable", error=str(error))
+        raise IdentityProviderUnavailable from error
+    structlog.contextvars.bind_contextvars(user_id=principal.user_id)
+    request.app[LIMITER].check_user(principal)
+    return principal
+
+
+def ticket_digest(ticket: str) -> bytes:
+    """What is kept of a ticket. It is random, and so needs no salt."""
+    return hashlib.sha256(ticket.encode("utf-8", "surrogatepass")).digest()
+
+
+async def find_requested_link(request: web.Request, job_id: UUID) -> Link | None:
+    """The link by which the request comes, if it does: one whose ``ticket`` is for this job, and not revoked.
+
+    Its times are not looked at. Raises LinkExpired and RateLimited.
+    """
+    tickets = request.query.getall("ticket", [])
+    if not tickets:
+        return None
+    link = await find_link(request.app[DATABASE], ticket_digest(tickets[0])) if len(tickets) == 1 else None
+    if link is None or link.job_id != job_id:
+        raise refuse_link(request, "unknown")
+    structlog.contextvars.bind_contextvars(user_id=link.user_id, by="link")
+    request.app[LIMITER].check_user(link_principal(link))
+    if link.is_revoked:
+        raise refuse_link(request, "revoked")
+    return link
+
+
+def link_principal(link: Link) -> Principal:
+    """As whom a link downloads."""
+    return Principal(link.user_id, link.is_admin, by_link=True)
+
+
+def refuse_link(request: web.Request, reason: str) -> LinkExpired:
+    """Logs an attempt by a dead link; the error to raise."""
+    request.app[METRICS].access_refused("bad_link")
+    log.warning("download_link_refused", reason=reason)
+    return LinkExpired()
+
+
+def _unauthenticated(request: web.Request, reason: str | None, challenge: str) -> Unauthenticated:
+    request.app[METRICS].access_refused("no_token" if reason is None else "bad_token")
+    if reason is not None:
+        log.warning("authentication_failed", reason=reason)
+    return Unauthenticated(headers={"WWW-Authenticate": challenge})
+
+
+def refuse(request: web.Request, creator: str) -> DownloadUnauthorized:
+    """Logs an attempt on somebody else's job; the error to raise."""
+    request.app[METRICS].access_refused("not_permitted")
+    log.warning("download_denied", reason="neither creator nor admin", creator=creator)
+    return DownloadUnauthorized()

@@ -1,0 +1,43 @@
+"""The page at ``/`` and the files it is made of, which pages of other origins may load too."""
+
+import html
+from pathlib import Path
+
+from aiohttp import web
+
+from exportd.web.pages.assets import CONTENT_TYPES, Assets, make_asset, send_asset
+
+_FOLDER = Path(__file__).parent / "static"
+_PAGE = "index.html"
+# Everything comes from here, and no text becomes a script.
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self';"
+    " base-uri 'none'; form-action 'none'; frame-ancestors 'none';"
+    " require-trusted-types-for 'script'; trusted-types 'none'"
+)
+# They hold no secret, and module scripts of another origin come by CORS alone.
+_FOR_EVERYBODY = {"Access-Control-Allow-Origin": "*", "Cross-Origin-Resource-Policy": "cross-origin"}
+
+PAGE_FILES = web.AppKey("page_files", Assets)
+
+
+def load_page(base_path: str) -> Assets:
+    """The page, which finds the API at ``base_path``, and its files, by name. Raises OSError."""
+    files = {}
+    for path in _FOLDER.rglob("*"):
+        if path.suffix in CONTENT_TYPES:
+            name, body = str(path.relative_to(_FOLDER)), path.read_bytes()
+            if name == _PAGE:
+                body = body.replace(b"{base_path}", html.escape(base_path).encode())
+            files[name] = make_asset(name, body)
+    return files
+
+
+async def show_page(request: web.Request) -> web.StreamResponse:
+    """The page."""
+    return await send_asset(request, request.app[PAGE_FILES], _PAGE, {"Content-Security-Policy": _POLICY})
+
+
+async def show_page_file(request: web.Request) -> web.StreamResponse:
+    """A script or style sheet of the page, or of the component in a page of any origin."""
+    return await send_asset(request, request.app[PAGE_FILES], request.match_info["name"], _FOR_EVERYBODY)

@@ -1,0 +1,41 @@
+"""Items that come in together are answered together, and each is answered."""
+
+import asyncio
+from collections.abc import Callable
+
+from exportd.db.batcher import Gatherer
+
+
+def anything() -> Callable[[int], bool]:
+    return lambda _: True
+
+
+async def test_what_comes_as_the_last_answer_goes_out_is_answered_too() -> None:
+    async def double(items: list[int]) -> list[int]:
+        await asyncio.sleep(0.001)
+        return [2 * item for item in items]
+
+    gatherer = Gatherer(double, anything, at_once=1)
+    async with asyncio.timeout(30):
+        for number in range(5):
+            # Each in the loop's turn in which the one before was answered.
+            assert await gatherer.submit(number) == 2 * number
+    assert gatherer.waiting == 0
+
+
+async def test_many_that_end_at_any_moment_are_answered() -> None:
+    async def wait(items: list[int]) -> list[int]:
+        await asyncio.sleep(0.001)
+        return items
+
+    gatherer = Gatherer(wait, anything, at_once=2)
+
+    async def ask(number: int) -> None:
+        for turns in range(20):
+            assert await gatherer.submit(number) == number
+            for _ in range((turns * number) % 5):
+                await asyncio.sleep(0)
+
+    async with asyncio.timeout(30):
+        await asyncio.gather(*map(ask, range(5)))
+    assert gatherer.waiting == 0
