@@ -1,5 +1,21 @@
--- The life of a package: expiry set at completion, the cleanup's history, packing, and indexes for large tables.
--- depends: 0004.checkpoints
+-- Running deliveries, the expiry of packages, packing, links, the cleanup's history, and indexes for large tables.
+-- depends: 0002.download-tracking
+
+ALTER TABLE download_events
+    ADD COLUMN IF NOT EXISTS bytes_acknowledged bigint NOT NULL DEFAULT 0,
+    ADD COLUMN IF NOT EXISTS reason text,
+    ADD COLUMN IF NOT EXISTS method text,
+    ADD COLUMN IF NOT EXISTS daemon_id uuid,
+    ADD COLUMN IF NOT EXISTS updated_at timestamptz NOT NULL DEFAULT now();
+
+CREATE INDEX IF NOT EXISTS download_events_running ON download_events (updated_at) WHERE outcome = 'running';
+
+CREATE INDEX IF NOT EXISTS download_events_by_job ON download_events (job_id, started_at);
+
+CREATE INDEX IF NOT EXISTS download_events_by_age ON download_events (started_at);
+
+ALTER TABLE download_progress
+    ADD COLUMN IF NOT EXISTS completed_at timestamptz NOT NULL DEFAULT '-infinity';
 
 DO $$
 DECLARE
@@ -7,6 +23,7 @@ DECLARE
 BEGIN
     FOR wanted IN
         SELECT * FROM (VALUES
+            ('package_suspect_since', 'timestamptz', 'the file changed after completion; it is not served until this is null again'),
             ('package_deleted_at', 'timestamptz', 'when the cleanup deleted the package'),
             ('failure_reason', 'text', 'why the job failed, in words for its user'),
             ('pack_source', 'text', 'the folder or ready .tar.gz that exportd''s packer makes the package of'),
@@ -103,3 +120,45 @@ CREATE TABLE IF NOT EXISTS exportd_cleanup_runs (
 COMMENT ON TABLE exportd_cleanup_runs IS 'exportd: one row for each cleanup that went to its end';
 
 CREATE INDEX IF NOT EXISTS exportd_cleanup_runs_by_time ON exportd_cleanup_runs (started_at);
+
+CREATE TABLE IF NOT EXISTS exportd_download_links (
+    ticket_sha256 bytea PRIMARY KEY,
+    job_id uuid NOT NULL,
+    user_id text NOT NULL,
+    is_admin boolean NOT NULL,
+    package_sha256 text,
+    created_at timestamptz NOT NULL DEFAULT now(),
+    start_until timestamptz NOT NULL,
+    resume_until timestamptz NOT NULL,
+    begun_at timestamptz,
+    revoked_at timestamptz
+);
+
+COMMENT ON TABLE exportd_download_links IS 'exportd: links that download one package as one principal';
+
+CREATE INDEX IF NOT EXISTS exportd_download_links_by_job ON exportd_download_links (job_id);
+
+CREATE INDEX IF NOT EXISTS exportd_download_links_by_age ON exportd_download_links (resume_until);
+
+CREATE INDEX IF NOT EXISTS download_events_by_user ON download_events (user_id, started_at);
+
+-- Up to which byte the client may have got beyond what it acknowledged: what was sent or, after a kill, what was
+-- asked for. Null: the delivery did not break off, or has several parts.
+CREATE OR REPLACE FUNCTION exportd_reach(outcome text, requested int8multirange, bytes_sent bigint) RETURNS bigint
+    LANGUAGE sql IMMUTABLE
+    AS $$
+    SELECT CASE
+               WHEN requested <> int8multirange(int8range(lower(requested), upper(requested))) THEN NULL
+               WHEN outcome IN ('aborted', 'failed') THEN lower(requested) + bytes_sent
+               WHEN outcome = 'lost' THEN upper(requested) - 1
+           END
+$$;
+
+COMMENT ON FUNCTION exportd_reach(text, int8multirange, bigint)
+    IS 'exportd: how far the client may have got whose delivery broke off';
+
+CREATE INDEX IF NOT EXISTS download_events_broken_off ON download_events (job_id, user_id, started_at)
+    WHERE exportd_reach(outcome, requested, bytes_sent) > coalesce(upper(received), lower(requested));
+
+CREATE INDEX IF NOT EXISTS download_events_resuming ON download_events (job_id, user_id, started_at)
+    WHERE lower(requested) > 0 AND outcome <> 'running';

@@ -1,1 +1,0 @@
-DROP INDEX IF EXISTS download_events_by_user;
