@@ -18,9 +18,9 @@ from exportd.db.expiry import last_cleanup
 from exportd.db.jobs import JobFinder
 from exportd.db.pool import Database, open_database
 from exportd.delivery.fair_share import FairShare
-from exportd.delivery.outcome import METHODS
 from exportd.delivery.response import DeliveryOptions
 from exportd.delivery.watch import Patience
+from exportd.domain.delivery import Method
 from exportd.jobs.cleanup import Cleanup, CleanupSummary, claim_storage, on_schedule
 from exportd.limits.board import Board
 from exportd.limits.memory import SharedMemory, make_shared_memory
@@ -66,7 +66,7 @@ def make_app(settings: Settings, dsn: str, shared: SharedMemory | None = None) -
     app[ALLOWED_HOSTS] = frozenset(settings.server.allowed_hosts)
     app[PAGE_FILES] = load_page(settings.server.base_path)
     app[CORS_ORIGINS] = frozenset(settings.server.cors_origins)
-    noted = app[METRICS] = Metrics(FAILURE_REASONS, METHODS, Refusal, Limit)
+    noted = app[METRICS] = Metrics(FAILURE_REASONS, Method, Refusal, Limit)
     auth = settings.auth
     remote = RemoteKeys(auth.jwks_url, auth.jwks_refresh_seconds) if auth.jwks_url else None
     app[TOKENS] = make_tokens(settings.auth, settings.data_dir, remote)

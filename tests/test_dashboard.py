@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from aiohttp.test_utils import TestClient
 
-from exportd.delivery.outcome import METHODS
+from exportd.domain.delivery import Method
 from exportd.domain.sizes import SIZE_RANGES
 from exportd.telemetry.logging import DOWNLOAD_EVENTS
 from exportd.web.downloads.handler import FAILURE_REASONS
@@ -26,7 +26,7 @@ OPERATIONS = (REPOSITORY / "docs" / "operations.md").read_text()
 # What each label may say; the rest is free text.
 VALUES = {
     "reason": set(FAILURE_REASONS),
-    "method": set(METHODS),
+    "method": set(Method),
     "size": set(SIZE_RANGES),
     "result": {"written", "failed"},
 }

@@ -25,7 +25,7 @@ FORBIDDEN = {
 PURE = (
     "http/",
     "domain/",
-    "delivery/outcome.py",
+    "delivery/progress.py",
     "limits/fairness.py",
 )
 IMPURE_LIBRARIES = {

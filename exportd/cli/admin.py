@@ -22,7 +22,7 @@ from exportd.cli.common import (
 if TYPE_CHECKING:
     import uuid
 
-    from exportd.domain.job import DownloadStatistics
+    from exportd.domain.statistics import DownloadStatistics
     from exportd.jobs.cleanup import CleanupSummary, Orphans
     from exportd.jobs.verify import Verification
     from exportd.settings import Settings

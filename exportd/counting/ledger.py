@@ -1,10 +1,11 @@
-"""The ledger of one process: every delivery that ends is written, whatever happens to the database.
+"""The ledger of one process: records every delivery that ends, even while the database is unavailable.
 
-Events that come in together are written together, in one statement and so one transaction: a thousand
-downloads of one hot package must not queue on its row. A lone event goes at once. Where the database is away
-or takes long, events go to the spool (``counting/spool.py``) and from there to the database later; each process
-also finishes what processes that were killed have left. A job whose events the database does not take, say
-because its row is locked, holds up no other. ``counting/record.py`` holds the rule of counting.
+The ledger sends events in batches, each in one statement and so in one transaction: a thousand downloads of
+one package must not queue on its row. If no statement is running, it sends an event immediately. If the
+database is unavailable or slow, events go to the spool (``counting/spool.py``) and from there to the database
+later. Each process also finishes the deliveries of processes that were killed. If the database rejects the
+events of one job, or its row is locked, the events of other jobs do not wait. ``counting/record.py`` holds
+the rule of counting.
 """
 
 import asyncio
@@ -29,7 +30,7 @@ from exportd.counting.record import (
 from exportd.counting.spool import Spool
 from exportd.db.batcher import Gatherer, Observe
 from exportd.db.pool import Database, DatabaseRefused, DatabaseUnavailable, ValueRefused
-from exportd.domain.job import DownloadEvent
+from exportd.domain.delivery import DownloadEvent, Outcome
 
 log = structlog.get_logger()
 
@@ -218,7 +219,7 @@ class DownloadLedger:
 
     async def _write_to_database(self, events: Sequence[DownloadEvent]) -> None:
         """Events that run, or that have ended and that ``one_statement`` takes."""
-        write = checkpoint_downloads if events[0].outcome == "running" else record_downloads
+        write = checkpoint_downloads if events[0].outcome == Outcome.RUNNING else record_downloads
         try:
             await write(self._database, events)
         except ValueRefused:
@@ -381,7 +382,7 @@ def _next_group(
     if not chosen:
         alone = next((event.job_id for event in waiting if event.job_id not in stuck), None)
         chosen = list(itertools.islice((event for event in waiting if event.job_id == alone), LARGEST_GROUP))
-    if running := [event for event in chosen if event.outcome == "running"]:
+    if running := [event for event in chosen if event.outcome == Outcome.RUNNING]:
         return running
     may_join = one_statement()
     return [event for event in chosen if may_join(event)]

@@ -34,7 +34,7 @@ from collections.abc import Callable, Sequence
 from uuid import UUID
 
 from exportd.db.pool import Database, Session
-from exportd.domain.job import DownloadEvent
+from exportd.domain.delivery import DownloadEvent, Method, Outcome
 
 # A statement of its own, sent together with the next and so in one transaction: that one then sees what was
 # committed while this one waited. In one order, so that two daemons never wait for each other.
@@ -403,7 +403,7 @@ async def find_lost(
             user_id=row[2],
             started_at=row[3],
             duration_seconds=row[4],
-            outcome="lost",
+            outcome=Outcome.LOST,
             http_status=row[5],
             requested=_parse_multirange(row[6]),
             received=_parse_multirange(row[7]),
@@ -412,7 +412,7 @@ async def find_lost(
             request_id=row[10],
             bytes_acknowledged=row[11],
             reason="the daemon was killed",
-            method=row[12],
+            method=row[12] and Method(row[12]),
             daemon_id=row[13],
         )
         for row in rows

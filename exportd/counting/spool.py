@@ -20,7 +20,7 @@ from uuid import UUID
 import orjson
 import structlog
 
-from exportd.domain.job import DownloadEvent
+from exportd.domain.delivery import DownloadEvent, Method, Outcome
 
 log = structlog.get_logger()
 
@@ -216,6 +216,8 @@ def _from_line(line: bytes) -> DownloadEvent | None:
         for name in ("requested", "received"):
             fields[name] = tuple((start, stop) for start, stop in fields[name])
         fields["started_at"] = datetime.fromisoformat(fields["started_at"])
+        fields["outcome"] = Outcome(fields["outcome"])
+        fields["method"] = fields["method"] and Method(fields["method"])
         return DownloadEvent(**fields)
     except (KeyError, TypeError, ValueError):
         # Whole, and of a version with other fields.

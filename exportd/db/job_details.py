@@ -68,8 +68,6 @@ SELECT job.*,
 """
 FIND_JOBS_IN_PROGRESS = _WITH_PROGRESS + FIND_JOBS + ") AS job"
 
-STATUSES = ("pending", "processing", "completed", "failed")
-
 
 @dataclass(frozen=True, slots=True)
 class JobDetails:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from uuid import UUID
 
 from exportd.db.pool import Database
-from exportd.domain.job import DeliverySummary, DownloadStatistics, FailureCount, SizeSummary
+from exportd.domain.statistics import DeliverySummary, DownloadStatistics, FailureCount, SizeSummary
 
 _RECENT_EVENTS = 20
 

@@ -7,8 +7,8 @@ from aiohttp.abc import AbstractStreamWriter
 from aiohttp.web import StreamResponse
 
 from exportd.delivery import cold
-from exportd.delivery.outcome import DeliveryAborted, Observer, PackageUnreadable, Progress
 from exportd.delivery.pacing import Pacer
+from exportd.delivery.progress import DeliveryAborted, Observer, PackageUnreadable, Progress
 from exportd.storage.files import OpenPackage, PackageChanged
 
 _PAUSE_SECONDS = 0.001

@@ -15,10 +15,11 @@ from aiohttp.web import Request, StreamResponse
 
 from exportd.delivery.chunks import send_by_chunks
 from exportd.delivery.fair_share import FairShare
-from exportd.delivery.outcome import Delivery, DeliveryAborted, Observer, PackageUnreadable, Progress
 from exportd.delivery.pacing import Pacer, limit_unsent, pace_by_kernel
+from exportd.delivery.progress import DeliveryAborted, Observer, PackageUnreadable, Progress
 from exportd.delivery.sendfile import SendfileUnsupported, send_by_sendfile
 from exportd.delivery.watch import Patience, Watch
+from exportd.domain.delivery import Delivery, Method, Outcome
 from exportd.http.body import Segment
 from exportd.http.ranges import ByteRange
 from exportd.limits.board import Entry
@@ -63,28 +64,28 @@ async def deliver(
     """
     started = time.monotonic()
     sending = _Sending(request, response, package, options, progress, entry)
-    outcome, reason = "completed", None
+    outcome, reason = Outcome.COMPLETED, None
     try:
         await sending.send(segments)
     except DeliveryAborted as error:
-        outcome, reason = "aborted", str(error)
+        outcome, reason = Outcome.ABORTED, str(error)
     except PackageUnreadable as error:
-        outcome, reason = "failed", str(error)
+        outcome, reason = Outcome.FAILED, str(error)
     except PackageChanged as error:
-        outcome, reason = "changed", str(error)
+        outcome, reason = Outcome.CHANGED, str(error)
     except asyncio.CancelledError:
-        outcome, reason = "aborted", "shutdown"
+        outcome, reason = Outcome.ABORTED, "shutdown"
     except BaseException:
         # A defect, or no descriptor left: an error page may follow only if no headers are out.
         if response.prepared:
             sending.abort()
         raise
-    if outcome != "completed":
+    if outcome is not Outcome.COMPLETED:
         sending.abort()
     return Delivery(
         outcome,
         reason,
-        "sendfile" if sending.by_kernel else "chunks",
+        Method.SENDFILE if sending.by_kernel else Method.CHUNKS,
         progress.bytes_sent,
         progress.bytes_acknowledged,
         sending.first_byte_at,

@@ -10,7 +10,7 @@ import os
 import time
 
 from exportd.delivery.cold import is_resident, make_resident
-from exportd.delivery.outcome import DeliveryAborted, Observer, PackageUnreadable, Progress
+from exportd.delivery.progress import DeliveryAborted, Observer, PackageUnreadable, Progress
 from exportd.delivery.watch import Watch
 from exportd.storage.files import OpenPackage, PackageChanged
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-from exportd.delivery.outcome import DeliveryAborted, Progress
+from exportd.delivery.progress import DeliveryAborted, Progress
 
 # A client that has everything acknowledges it within a round trip.
 _FIRST_PAUSE_SECONDS = 0.001

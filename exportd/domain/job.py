@@ -1,16 +1,35 @@
-"""What the tables hold, as plain values. Times are aware, in UTC."""
+"""Export jobs and their packages, as the tables hold them. Times are aware, in UTC."""
 
 from dataclasses import dataclass
 from datetime import datetime
+from enum import StrEnum
 from uuid import UUID
+
+
+class JobStatus(StrEnum):
+    """The statuses that exportd knows. An application's own table may hold others."""
+
+    PENDING = "pending"
+    PROCESSING = "processing"
+    COMPLETED = "completed"
+    FAILED = "failed"
+
+
+class PackageState(StrEnum):
+    """The state of a completed job's package."""
+
+    AVAILABLE = "available"
+    EXPIRED = "expired"
+    DELETED = "deleted"
+    SUSPECT = "suspect"
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A row of export_jobs, as a download needs it. ``is_suspect``: the file changed after completion.
+    """The columns of an export_jobs row that a download needs.
 
-    ``read_at`` is the database's clock at the time of reading: expiry is judged by it, so that nodes whose
-    clocks differ agree.
+    ``is_suspect``: the file changed after completion. ``read_at`` is the database's clock when the row was
+    read. Expiry is decided by it, so that nodes whose clocks differ agree.
     """
 
     job_id: UUID
@@ -25,94 +44,14 @@ class Job:
     is_suspect: bool
     read_at: datetime
 
-
-@dataclass(frozen=True, slots=True)
-class SizeSummary:
-    """Whole downloads of packages of one range of sizes: the first, the second, … Throughput is bytes by
-    seconds."""
-
-    range_number: int
-    downloads: int
-    average_duration_seconds: float
-    average_bytes_per_second: float
-
-
-@dataclass(frozen=True, slots=True)
-class FailureCount:
-    """How many deliveries ended that way, for that reason (empty: none is known)."""
-
-    outcome: str
-    reason: str
-    count: int
-
-
-@dataclass(frozen=True, slots=True)
-class DeliverySummary:
-    """One delivery, for people."""
-
-    job_id: UUID
-    user_id: str
-    started_at: datetime
-    outcome: str
-    reason: str | None
-    http_status: int
-    method: str | None
-    bytes_sent: int
-    bytes_acknowledged: int
-    duration_seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class DownloadStatistics:
-    """The downloads of a job (``user_id``: its creator), or of all where ``job_id`` is None.
-
-    ``unique_users`` is how many completed a delivery; ``recent`` holds the last deliveries, newest first.
-    """
-
-    job_id: UUID | None
-    user_id: str | None
-    download_count: int
-    last_downloaded_at: datetime | None
-    bytes_served: int
-    unique_users: int
-    sizes: list[SizeSummary]
-    failures: list[FailureCount]
-    recent: list[DeliverySummary]
-
-
-@dataclass(frozen=True, slots=True)
-class DownloadEvent:
-    """The record of one delivery.
-
-    ``requested`` and ``received`` hold (start, stop) of each part of the package that was asked for, and that
-    the client acknowledged. ``outcome`` is one of the delivery's, or ``running`` while it is under way, or
-    ``lost`` where its daemon was killed meanwhile. ``http_status`` is the answer's. ``daemon_id`` names the
-    process.
-    """
-
-    event_id: UUID
-    job_id: UUID
-    user_id: str
-    started_at: datetime
-    duration_seconds: float
-    outcome: str
-    http_status: int
-    requested: tuple[tuple[int, int], ...]
-    received: tuple[tuple[int, int], ...]
-    bytes_sent: int
-    package_size_bytes: int
-    request_id: str
-    bytes_acknowledged: int
-    reason: str | None
-    method: str | None
-    daemon_id: UUID
-
     @property
-    def bytes_requested(self) -> int:
-        return sum(stop - start for start, stop in self.requested)
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether this delivery alone is a download: every byte of the package, to the end of the answer."""
-        whole = (0, self.package_size_bytes)
-        return self.outcome == "completed" and (self.received == (whole,) or not self.package_size_bytes)
+    def package_state(self) -> PackageState | None:
+        """The package's state at ``read_at``; None before the job is completed."""
+        if self.status != JobStatus.COMPLETED:
+            return None
+        # The cleanup sets the path of a deleted package to null.
+        if self.package_path is None:
+            return PackageState.DELETED
+        if self.package_expires_at is not None and self.read_at >= self.package_expires_at:
+            return PackageState.EXPIRED
+        return PackageState.SUSPECT if self.is_suspect else PackageState.AVAILABLE

@@ -6,9 +6,8 @@ exists.
 
 import enum
 from datetime import timedelta
-from typing import Literal
 
-from exportd.domain.job import Job
+from exportd.domain.job import Job, PackageState
 from exportd.domain.principal import Principal
 
 
@@ -29,18 +28,6 @@ def may_see(principal: Principal, creator: str) -> bool:
     return principal.is_admin or principal.user_id == creator
 
 
-def package_state(job: Job) -> Literal["available", "expired", "deleted", "suspect"] | None:
-    """What became of a completed job's package, at the time the job was read; None: there is none yet."""
-    if job.status != "completed":
-        return None
-    # The cleanup sets the path of a deleted package to null.
-    if job.package_path is None:
-        return "deleted"
-    if job.package_expires_at is not None and job.read_at >= job.package_expires_at:
-        return "expired"
-    return "suspect" if job.is_suspect else "available"
-
-
 def decide_download(principal: Principal, job: Job, grace: timedelta) -> Decision:
     """Whether a principal may download the job's package, by the database's clock when the job was read.
 
@@ -48,14 +35,14 @@ def decide_download(principal: Principal, job: Job, grace: timedelta) -> Decisio
     """
     if not may_see(principal, job.user_id):
         return Decision.UNAUTHORIZED
-    match package_state(job):
+    match job.package_state:
         case None:
             return Decision.NOT_READY
-        case "available":
+        case PackageState.AVAILABLE:
             return Decision.ALLOWED
-        case "suspect":
+        case PackageState.SUSPECT:
             return Decision.SUSPECT
-        case "expired" if not job.is_suspect and job.package_expires_at is not None:
+        case PackageState.EXPIRED if not job.is_suspect and job.package_expires_at is not None:
             is_over = job.read_at >= job.package_expires_at + grace
             return Decision.EXPIRED if is_over else Decision.RESUMABLE
         case _:

@@ -4,7 +4,7 @@ import math
 
 from exportd.counting.record import checkpoint_downloads
 from exportd.db.pool import Database, Session
-from exportd.domain.job import DownloadEvent
+from exportd.domain.delivery import DownloadEvent
 
 # A delivery that ended took what arrived; one that runs may take all that it asked for. Of those that ended,
 # newest first, the one at which the sum reaches the limit: once it is a day old, there is room again.

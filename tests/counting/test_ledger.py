@@ -21,7 +21,7 @@ from exportd.db.jobs import JobFinder, record_completed_job
 from exportd.db.migrate import migrate_up
 from exportd.db.pool import Database, DatabaseUnavailable, open_database
 from exportd.db.statistics import find_statistics
-from exportd.domain.job import DownloadEvent
+from exportd.domain.delivery import DownloadEvent
 from exportd.domain.sizes import LOWER_BOUNDS
 from tests.db.test_pool import OPTIONS
 from tests.support.postgres import query

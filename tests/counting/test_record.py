@@ -13,7 +13,7 @@ from psycopg2.extras import register_uuid
 from exportd.counting import record as downloads
 from exportd.counting.record import checkpoint_downloads, one_statement, record_downloads
 from exportd.db.pool import Database
-from exportd.domain.job import DownloadEvent
+from exportd.domain.delivery import DownloadEvent
 from tests.counting.test_ledger import completed_job, count, event, lost, part
 from tests.support.postgres import query
 

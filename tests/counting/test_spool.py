@@ -12,7 +12,7 @@ import pytest
 import structlog
 
 from exportd.counting.spool import Spool
-from exportd.domain.job import DownloadEvent
+from exportd.domain.delivery import DownloadEvent
 from tests.counting.test_ledger import event
 
 JOB = uuid.uuid4()

@@ -5,8 +5,8 @@ import uuid
 from exportd.counting.record import record_downloads
 from exportd.db.pool import Database
 from exportd.db.statistics import find_statistics
-from exportd.domain.job import FailureCount
 from exportd.domain.sizes import LOWER_BOUNDS, SIZE_RANGES
+from exportd.domain.statistics import FailureCount
 from tests.counting.test_ledger import completed_job, event, part
 
 

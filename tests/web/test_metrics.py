@@ -12,7 +12,7 @@ from aiohttp.test_utils import TestClient
 
 from exportd.db.pool import DatabaseUnavailable
 from exportd.delivery import cold, response
-from exportd.delivery.outcome import METHODS
+from exportd.domain.delivery import Method
 from exportd.settings import LimitSettings
 from exportd.web.downloads.handler import FAILURE_REASONS
 from exportd.web.edge.boundary import LIFECYCLE
@@ -67,7 +67,7 @@ async def test_a_download_is_told_from_start_to_end(client: Client, jobs: Jobs, 
 SERIES = {
     "downloads_failed_total": ("reason", FAILURE_REASONS),
     "access_refused_total": ("reason", ("no_token", "bad_token", "bad_link", "not_permitted")),
-    "sent_bytes_total": ("method", METHODS),
+    "sent_bytes_total": ("method", Method),
     "connections_refused_total": ("reason", Refusal),
     "limits_hit_total": ("limit", Limit),
     "cleanup_packages_total": ("result", ("deleted", "failed", "waiting")),

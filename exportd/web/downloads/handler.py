@@ -16,9 +16,10 @@ from exportd.counting.ledger import DownloadLedger
 from exportd.db.expiry import has_unfinished_download
 from exportd.db.jobs import JobFinder
 from exportd.db.links import Link, mark_begun
-from exportd.delivery.outcome import FAILURES, Delivery, Progress
+from exportd.delivery.progress import Progress
 from exportd.delivery.response import DeliveryOptions, deliver
-from exportd.domain.job import DownloadEvent, Job
+from exportd.domain.delivery import Delivery, DownloadEvent, Failure, Method, Outcome
+from exportd.domain.job import Job
 from exportd.domain.permission import Decision, decide_download
 from exportd.domain.principal import Principal
 from exportd.domain.sizes import format_size, size_range
@@ -71,7 +72,7 @@ MAX_RANGES = web.AppKey("max_ranges", int)
 RESUME_GRACE = web.AppKey("resume_grace", timedelta)
 
 # Why downloads fail, as metrics tell it: before their delivery, in it, and by a defect of ours.
-FAILURE_REASONS = ("missing", "unusable", "suspect", *FAILURES, "defect")
+FAILURE_REASONS = ("missing", "unusable", "suspect", *Failure, "defect")
 
 _CONTENT_TYPE = "application/gzip"
 _LONGEST_USER_AGENT = 256
@@ -276,7 +277,7 @@ async def _deliver_recorded(
     ledger = request.app[LEDGER]
     event_id = uuid.uuid4()
 
-    def describe(outcome: str, reason: str | None, method: str | None) -> DownloadEvent:
+    def describe(outcome: Outcome, reason: str | None, method: Method | None) -> DownloadEvent:
         return DownloadEvent(
             event_id=event_id,
             job_id=job.job_id,
@@ -287,7 +288,7 @@ async def _deliver_recorded(
             http_status=plan.status,
             requested=tuple((part.start, part.stop) for part in plan.parts),
             # Of a package that changed, nothing can be trusted.
-            received=() if outcome == "changed" else _first_bytes(plan, progress.bytes_acknowledged),
+            received=() if outcome == Outcome.CHANGED else _first_bytes(plan, progress.bytes_acknowledged),
             bytes_sent=progress.bytes_sent,
             package_size_bytes=package.size_bytes,
             request_id=request[REQUEST_ID],
@@ -297,10 +298,10 @@ async def _deliver_recorded(
             daemon_id=ledger.daemon_id,
         )
 
-    running = describe("running", None, None)
+    running = describe(Outcome.RUNNING, None, None)
     await request.app[LIMITER].reserve(request.app[DATABASE], principal, running)
     log.debug("download_started", package_size_bytes=package.size_bytes, status=plan.status)
-    with ledger.checkpoints(lambda: describe("running", None, None), lambda: progress.bytes_sent):
+    with ledger.checkpoints(lambda: describe(Outcome.RUNNING, None, None), lambda: progress.bytes_sent):
         delivery = await _deliver_counted(request, response, package, segments, progress, entry)
         event = describe(delivery.outcome, delivery.reason, delivery.method)
         recording = ledger.record(event)
@@ -365,7 +366,7 @@ async def _conclude(recording: asyncio.Future[None], event: DownloadEvent) -> No
             cancelled = True
     if error := recording.exception():
         log.error("download_not_recorded", exc_info=error, event_id=str(event.event_id))
-    elif event.outcome == "changed":
+    elif event.outcome == Outcome.CHANGED:
         log.error("package_suspect")
     if cancelled:
         raise asyncio.CancelledError
@@ -391,9 +392,9 @@ def _log_end(request: web.Request, plan: Plan, delivery: Delivery, event: Downlo
         "user_agent": request.headers.get("User-Agent", "")[:_LONGEST_USER_AGENT],
     }
     match event.outcome:
-        case "completed":
+        case Outcome.COMPLETED:
             log.info("download_completed", **fields)
-        case "aborted":
+        case Outcome.ABORTED:
             log.info("download_aborted", reason=event.reason, **fields)
         case _:
             log.error("download_failed", reason=event.reason, **fields)

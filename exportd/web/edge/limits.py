@@ -11,7 +11,7 @@ import structlog
 from aiohttp import web
 
 from exportd.db.pool import Database
-from exportd.domain.job import DownloadEvent
+from exportd.domain.delivery import DownloadEvent
 from exportd.domain.principal import Principal
 from exportd.http.forwarded import (
     Network,

@@ -25,7 +25,7 @@ from exportd.db.job_details import (
     find_running_downloads,
 )
 from exportd.db.pool import Database, DatabaseRefused, DatabaseUnavailable
-from exportd.domain.job import DownloadEvent
+from exportd.domain.delivery import DownloadEvent
 from exportd.domain.permission import may_see
 from exportd.web.downloads.handler import LEDGER
 from exportd.web.edge.access import DATABASE, authenticate, refuse, requested_job_id

@@ -11,10 +11,11 @@ import orjson
 import structlog
 from aiohttp import web
 
-from exportd.db.job_details import STATUSES, JobDetails, find_details, list_jobs
+from exportd.db.job_details import JobDetails, find_details, list_jobs
 from exportd.db.pool import DatabaseRefused, Session
 from exportd.db.re_exports import count_waiting_re_exports, export_again, find_family, lock_re_exports
-from exportd.domain.permission import may_see, package_state
+from exportd.domain.job import JobStatus, PackageState
+from exportd.domain.permission import may_see
 from exportd.domain.principal import Principal
 from exportd.domain.sizes import format_size
 from exportd.http.content_disposition import package_filename
@@ -117,9 +118,9 @@ def _check_gone(family: list[JobDetails], store: PackageStore) -> None:
     """Raises where any job of the export is under way, or has its package still; the newest is named."""
     for present in family:
         named: dict[str, object] = {"jobId": present.job.job_id}
-        if present.job.status not in ("completed", "failed"):
+        if present.job.status not in (JobStatus.COMPLETED, JobStatus.FAILED):
             raise ExportInProgress(extra=named)
-        if package_state(present.job) == "available" and _is_there(store, present):
+        if present.job.package_state is PackageState.AVAILABLE and _is_there(store, present):
             raise PackageAvailable(extra=named)
 
 
@@ -127,7 +128,7 @@ def _seconds_until_retry(family: list[JobDetails]) -> float:
     """How long to wait since the newest re-exports of the family have failed, one after the other."""
     newest = family[0]
     failures = itertools.takewhile(
-        lambda member: member.re_export_of and member.job.status == "failed", family
+        lambda member: member.re_export_of and member.job.status == JobStatus.FAILED, family
     )
     number = sum(1 for _ in failures)
     if not number or newest.created_at is None:
@@ -148,7 +149,7 @@ def _is_there(store: PackageStore, details: JobDetails) -> bool:
 def describe_job(details: JobDetails) -> dict[str, object]:
     """A job's JSON document."""
     job = details.job
-    state = package_state(job)
+    state = job.package_state
     return {
         "jobId": job.job_id,
         "userId": job.user_id,
@@ -195,7 +196,7 @@ def _limit(text: str | None) -> int:
 
 
 def _status(text: str | None) -> str | None:
-    if text is not None and text not in STATUSES:
+    if text is not None and text not in list(JobStatus):
         raise InvalidParameter(extra={"parameter": "status"})
     return text
 

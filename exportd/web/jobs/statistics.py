@@ -4,9 +4,9 @@ import orjson
 from aiohttp import web
 
 from exportd.db.statistics import find_statistics
-from exportd.domain.job import DownloadStatistics
 from exportd.domain.permission import may_see
 from exportd.domain.sizes import LOWER_BOUNDS, SIZE_RANGES
+from exportd.domain.statistics import DownloadStatistics
 from exportd.web.downloads.handler import LEDGER
 from exportd.web.edge.access import DATABASE, authenticate, refuse, requested_job_id
 from exportd.web.edge.errors import JobNotFound

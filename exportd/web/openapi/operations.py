@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from exportd.db.job_details import STATUSES
+from exportd.domain.job import JobStatus
 from exportd.telemetry.metrics import CONTENT_TYPE as METRICS_CONTENT_TYPE
 from exportd.web.edge.errors import (
     ApiError,
@@ -288,7 +288,7 @@ LIST_JOBS = Operation(
     {200: _json("A page of jobs", JobPage)},
     (InvalidParameter, *_WITH_A_TOKEN),
     (
-        _parameter("query", "status", "Only jobs of this status", enum=list(STATUSES)),
+        _parameter("query", "status", "Only jobs of this status", enum=list(JobStatus)),
         _parameter(
             "query", "limit", "How many a page holds", type="integer", minimum=1, maximum=100, default=20
         ),

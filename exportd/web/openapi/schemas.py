@@ -8,7 +8,7 @@ from typing import Any
 
 from marshmallow import RAISE, Schema, fields, validate
 
-from exportd.delivery.outcome import METHODS
+from exportd.domain.delivery import Method
 from exportd.domain.sizes import SIZE_RANGES
 
 _JOB_ID = "25395ef1-daf8-4ea1-a532-c61e57b1134f"
@@ -143,7 +143,7 @@ class Delivery(Shape):
     outcome = _field(fields.String, "completed, aborted, failed, changed, lost or running", "completed")
     reason = _or_null(fields.String, "", None)
     status = _field(fields.Integer, "", 206, validate=validate.OneOf([200, 206]))
-    method = _or_null(fields.String, "How it was sent", "sendfile", validate=validate.OneOf(METHODS))
+    method = _or_null(fields.String, "How it was sent", "sendfile", validate=validate.OneOf(list(Method)))
     bytesSent = _field(fields.Integer, "Handed to the kernel", 300025450)
     bytesAcknowledged = _field(fields.Integer, "Confirmed by the client's side", 300025450)
     durationSeconds = _field(fields.Float, "", 4.311)
