@@ -10,7 +10,7 @@ import tomllib
 import types
 import typing
 from collections.abc import Mapping
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -309,6 +309,11 @@ class RetentionSettings(_Section):
     event_days: Annotated[int, Field(ge=0, le=36500)] = 365
     cleanup_schedule: Annotated[str, AfterValidator(_check_schedule)] = "0 3 * * *"
     timezone: Annotated[str, AfterValidator(_check_timezone)] = "UTC"
+
+    @property
+    def resume_grace(self) -> timedelta:
+        """How long after its expiry a package's download may be resumed."""
+        return timedelta(hours=self.resume_grace_hours)
 
 
 class PackerSettings(_Section):

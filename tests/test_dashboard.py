@@ -13,7 +13,7 @@ from aiohttp.test_utils import TestClient
 from exportd.domain.delivery import Method
 from exportd.domain.sizes import SIZE_RANGES
 from exportd.telemetry.logging import DOWNLOAD_EVENTS
-from exportd.web.downloads.handler import FAILURE_REASONS
+from exportd.web.downloads.recording import FAILURE_REASONS
 from tests.support.application import ANN, Jobs, ask_once, noise
 from tests.support.programs import require
 from tests.support.scrape import samples_of, types_of

@@ -17,7 +17,7 @@ ROOMS = (
 FORBIDDEN = {
     "process": {"auth", "http", "delivery", "limits", "archive", "storage", "counting", "db"},
     "delivery": {"db", "counting", "telemetry"},
-    "limits": {"http", "archive", "storage", "telemetry"},
+    "limits": {"archive", "storage", "telemetry"},
     "http": {"settings"},
 }
 

@@ -124,7 +124,6 @@ def run_server(
 
     from exportd.process import runner as server
     from exportd.telemetry.logging import reopen_logs
-    from exportd.web.edge.connection import ConnectionLimits
 
     log = structlog.get_logger()
     section = settings.server
@@ -134,22 +133,7 @@ def run_server(
             host=section.host,
             advice="set [server] tls_cert and tls_key, or trusted_proxies to the proxy that does TLS",
         )
-    return server.serve(
-        make_app,
-        server.Listener(section.host, section.port, section.tls_cert, section.tls_key),
-        workers=section.workers,
-        drain_timeout_seconds=section.drain_timeout_seconds,
-        limits=ConnectionLimits(
-            section.max_connections,
-            settings.limits.connections_per_address,
-            section.head_timeout_seconds,
-            section.keepalive_timeout_seconds,
-            settings.download.stall_timeout_seconds,
-        ),
-        on_hangup=reopen_logs,
-        on_started=on_started,
-        companion=companion,
-    )
+    return server.serve(make_app, section, on_hangup=reopen_logs, on_started=on_started, companion=companion)
 
 
 def _is_loopback(host: str) -> bool:

@@ -1,28 +1,29 @@
-"""Delivery: headers, then bytes, by the kernel where the connection allows and in chunks where it does not.
+"""Delivery: sends headers, then bytes, by sendfile if the connection allows it and in chunks if not.
 
-Knows nothing of jobs. Once the headers are out there is no error page any more: what goes wrong closes the
-connection short of the promised length, which every client notices, and nothing else follows on it.
+Knows nothing of jobs. Once the headers are out there can be no error page: a failure closes the connection
+short of the promised length, which every client notices, and nothing follows on it.
 """
 
 import asyncio
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.web import Request, StreamResponse
 
-from exportd.delivery.chunks import send_by_chunks
+from exportd.delivery.channel import Channel
+from exportd.delivery.chunks import Chunks
 from exportd.delivery.fair_share import FairShare
 from exportd.delivery.pacing import Pacer, limit_unsent, pace_by_kernel
 from exportd.delivery.progress import DeliveryAborted, Observer, PackageUnreadable, Progress
-from exportd.delivery.sendfile import SendfileUnsupported, send_by_sendfile
-from exportd.delivery.watch import Patience, Watch
+from exportd.delivery.sendfile import Sendfile, SendfileUnsupported
+from exportd.delivery.watch import Watch
 from exportd.domain.delivery import Delivery, Method, Outcome
 from exportd.http.body import Segment
 from exportd.http.ranges import ByteRange
 from exportd.limits.board import Entry
+from exportd.settings import DownloadSettings
 from exportd.storage.files import OpenPackage, PackageChanged
 
 # Below this a socket's buffer takes all of a package anyway.
@@ -31,110 +32,111 @@ _LARGE_BYTES = 1024 * 1024
 _UNPACED = 2**40
 
 
-@dataclass(frozen=True, slots=True)
-class DeliveryOptions:
-    """``sendfile``: use it where it is possible; sizes are in bytes; a rate of 0 is no limit, and so is no
-    ``fair_share``."""
+class Sender:
+    """Sends packages as ``[download]`` says. ``fair_share`` divides a total rate, if there is one."""
 
-    sendfile: bool
-    slice_bytes: int
-    chunk_size: int
-    max_rate_bytes_per_second: int
-    fair_share: FairShare | None
-    patience: Patience
-    observer: Observer
+    def __init__(self, settings: DownloadSettings, fair_share: FairShare | None, observer: Observer) -> None:
+        self.settings = settings
+        self.fair_share = fair_share
+        self.observer = observer
 
-
-async def deliver(
-    request: Request,
-    response: StreamResponse,
-    package: OpenPackage,
-    segments: Sequence[Segment],
-    options: DeliveryOptions,
-    progress: Progress,
-    entry: Entry,
-) -> Delivery:
-    """Sends ``response``'s headers and, as its body, ``segments``: ranges of the package, and literal bytes.
-
-    Ends when the other side has acknowledged everything. ``progress`` is kept up to date meanwhile. ``entry``
-    tells whose share of a total rate is used.
-
-    Never raises for what a client or a disk does; the connection is aborted unless every byte went out.
-    Cancellation (at shutdown) is an outcome too, and the caller's to raise again once it is recorded.
-    """
-    started = time.monotonic()
-    sending = _Sending(request, response, package, options, progress, entry)
-    outcome, reason = Outcome.COMPLETED, None
-    try:
-        await sending.send(segments)
-    except DeliveryAborted as error:
-        outcome, reason = Outcome.ABORTED, str(error)
-    except PackageUnreadable as error:
-        outcome, reason = Outcome.FAILED, str(error)
-    except PackageChanged as error:
-        outcome, reason = Outcome.CHANGED, str(error)
-    except asyncio.CancelledError:
-        outcome, reason = Outcome.ABORTED, "shutdown"
-    except BaseException:
-        # A defect, or no descriptor left: an error page may follow only if no headers are out.
-        if response.prepared:
-            sending.abort()
-        raise
-    if outcome is not Outcome.COMPLETED:
-        sending.abort()
-    return Delivery(
-        outcome,
-        reason,
-        Method.SENDFILE if sending.by_kernel else Method.CHUNKS,
-        progress.bytes_sent,
-        progress.bytes_acknowledged,
-        sending.first_byte_at,
-        time.monotonic() - started,
-    )
-
-
-class _Sending:
-    """One response body on its way."""
-
-    def __init__(
+    async def deliver(
         self,
         request: Request,
         response: StreamResponse,
         package: OpenPackage,
-        options: DeliveryOptions,
+        segments: Sequence[Segment],
+        progress: Progress,
+        entry: Entry,
+    ) -> Delivery:
+        """Sends the headers of ``response`` and, as its body, ``segments``: ranges of the package, and
+        literal bytes.
+
+        Returns when the client's kernel has acknowledged everything. Keeps ``progress`` up to date meanwhile.
+        ``entry`` says whose share of a total rate is used.
+
+        Errors of the client or of the disk are outcomes and are not raised. The connection is aborted unless
+        every byte was sent. Cancellation (at shutdown) is an outcome too; the caller raises it again after
+        recording it.
+        """
+        started = time.monotonic()
+        sending = _Sending(self, request, response, package, progress, entry)
+        outcome, reason = Outcome.COMPLETED, None
+        try:
+            await sending.send(segments)
+        except DeliveryAborted as error:
+            outcome, reason = Outcome.ABORTED, str(error)
+        except PackageUnreadable as error:
+            outcome, reason = Outcome.FAILED, str(error)
+        except PackageChanged as error:
+            outcome, reason = Outcome.CHANGED, str(error)
+        except asyncio.CancelledError:
+            outcome, reason = Outcome.ABORTED, "shutdown"
+        except BaseException:
+            # A defect, or no descriptor left. An error page may follow only if no headers are out.
+            if response.prepared:
+                sending.abort()
+            raise
+        if outcome is not Outcome.COMPLETED:
+            sending.abort()
+        return Delivery(
+            outcome,
+            reason,
+            sending.method,
+            progress.bytes_sent,
+            progress.bytes_acknowledged,
+            sending.first_byte_at,
+            time.monotonic() - started,
+        )
+
+
+class _Sending:
+    """The sending of one response body."""
+
+    def __init__(
+        self,
+        sender: Sender,
+        request: Request,
+        response: StreamResponse,
+        package: OpenPackage,
         progress: Progress,
         entry: Entry,
     ) -> None:
         self.first_byte_at: float | None = None
-        self.progress = progress
+        self._sender = sender
         self._request = request
         self._response = response
         self._package = package
-        self._options = options
+        self._progress = progress
         self._entry = entry
         self._transport = request.transport
-        self.by_kernel = (
-            options.sendfile
-            and self._transport is not None
-            and self._transport.get_extra_info("sslcontext") is None
-        )
+        settings = sender.settings
+        self._chunks = Chunks(settings.chunk_size, sender.observer)
+        is_plain = self._transport is not None and self._transport.get_extra_info("sslcontext") is None
+        self._way: Sendfile | Chunks = self._chunks
+        if settings.sendfile and is_plain:
+            self._way = Sendfile(settings.slice_bytes, sender.observer)
+
+    @property
+    def method(self) -> Method:
+        return self._way.method
 
     async def send(self, segments: Sequence[Segment]) -> None:
         """Raises DeliveryAborted, PackageUnreadable and PackageChanged."""
         transport = self._transport
         if transport is None or transport.is_closing():
             raise DeliveryAborted("client disconnected")
-        with Watch(transport, self.progress, self._options.patience) as watch, self._paced(watch) as pacer:
+        with Watch(transport, self._progress, self._sender.settings) as watch, self._paced(watch):
             if self._package.size_bytes > _LARGE_BYTES:
                 limit_unsent(watch.connection)
             try:
-                writer = await self._send_headers(transport)
+                channel = await self._open_channel(transport, watch)
                 for segment in segments:
                     if isinstance(segment, ByteRange):
-                        await self._send_range(transport, writer, segment, watch, pacer)
+                        await self._send_part(channel, segment)
                     else:
                         await self._response.write(segment)
-                        await self._flush(transport, writer)
+                        await self._flush(transport, channel.writer)
                 await watch.wait_until_acknowledged()
             except ConnectionError as error:
                 raise DeliveryAborted(watch.reason or str(error) or "client disconnected") from error
@@ -147,25 +149,25 @@ class _Sending:
             raise PackageUnreadable(error.strerror or str(error)) from error
 
     def abort(self) -> None:
-        """Closes the connection at once, short of what the headers promised."""
+        """Closes the connection immediately, short of what the headers promised."""
         self._response.force_close()
         if self._transport is not None:
             self._transport.abort()
 
     @contextlib.contextmanager
-    def _paced(self, watch: Watch) -> Iterator[Pacer | None]:
-        """Keeps the limits by the kernel while the block lasts; where it cannot, by chunks and a pacer."""
-        most, fair_share = self._options.max_rate_bytes_per_second, self._options.fair_share
-        if not most and fair_share is None:
-            yield None
+    def _paced(self, watch: Watch) -> Iterator[None]:
+        """Keeps the rates while the block runs: by the kernel, or else by chunks and a pacer."""
+        max_rate, fair_share = self._sender.settings.max_rate_bytes_per_second, self._sender.fair_share
+        if not max_rate and fair_share is None:
+            yield
             return
         pacer = None
-        if not pace_by_kernel(watch.connection, most):
-            self.by_kernel = False
-            pacer = Pacer(most or _UNPACED)
+        if not pace_by_kernel(watch.connection, max_rate):
+            self._way = self._chunks
+            pacer = self._chunks.pacer = Pacer(max_rate or _UNPACED)
 
         def set_rate(rate: int) -> None:
-            rate = min(rate, most) if most else rate
+            rate = min(rate, max_rate) if max_rate else rate
             if pacer is None:
                 pace_by_kernel(watch.connection, rate)
             else:
@@ -174,64 +176,35 @@ class _Sending:
         with contextlib.ExitStack() as stack:
             if fair_share is not None:
                 stack.enter_context(fair_share.member(self._entry, watch.acknowledged, set_rate))
-            yield pacer
+            yield
         if pacer is None:
             pace_by_kernel(watch.connection, 0)
 
-    async def _send_headers(self, transport: asyncio.Transport) -> AbstractStreamWriter:
-        if self.by_kernel:
-            # With a limit of zero the bytes go to the socket at once; uvloop would queue them.
+    async def _open_channel(self, transport: asyncio.Transport, watch: Watch) -> Channel:
+        """Sends the headers."""
+        if self.method is Method.SENDFILE:
+            # With a limit of zero the bytes go to the socket immediately. uvloop would queue them.
             transport.set_write_buffer_limits(high=0)
         writer = await self._response.prepare(self._request)
         assert writer is not None
         await self._flush(transport, writer)
         self.first_byte_at = time.perf_counter()
-        return writer
+        return Channel(transport, writer, self._response, watch, self._progress)
 
-    async def _send_range(
-        self,
-        transport: asyncio.Transport,
-        writer: AbstractStreamWriter,
-        part: ByteRange,
-        watch: Watch,
-        pacer: Pacer | None,
-    ) -> None:
+    async def _send_part(self, channel: Channel, part: ByteRange) -> None:
         if not part.length:
             return
-        sent_before = self.progress.bytes_sent
-        if self.by_kernel:
-            try:
-                await send_by_sendfile(
-                    transport,
-                    self._package,
-                    part.start,
-                    part.length,
-                    slice_bytes=self._options.slice_bytes,
-                    progress=self.progress,
-                    watch=watch,
-                    observer=self._options.observer,
-                )
-            except SendfileUnsupported:
-                self.by_kernel = False
-            else:
-                return
-        sent = self.progress.bytes_sent - sent_before
-        await send_by_chunks(
-            self._response,
-            writer,
-            transport,
-            self._package,
-            part.start + sent,
-            part.length - sent,
-            chunk_size=self._options.chunk_size,
-            progress=self.progress,
-            pacer=pacer,
-            observer=self._options.observer,
-        )
+        sent_before = self._progress.bytes_sent
+        try:
+            await self._way.send(channel, self._package, part)
+        except SendfileUnsupported:
+            self._way = self._chunks
+            sent = self._progress.bytes_sent - sent_before
+            await self._way.send(channel, self._package, ByteRange(part.start + sent, part.length - sent))
 
     async def _flush(self, transport: asyncio.Transport, writer: AbstractStreamWriter) -> None:
-        """Before the kernel sends, nothing may be left that the transport would send later."""
-        if self.by_kernel:
+        """Before the kernel sends, the transport must hold nothing that it would send later."""
+        if self.method is Method.SENDFILE:
             await writer.drain()
             if transport.is_closing() or transport.get_write_buffer_size():
                 raise DeliveryAborted("client disconnected")

@@ -10,11 +10,11 @@ import os
 import socket
 import struct
 import termios
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
 from exportd.delivery.progress import DeliveryAborted, Progress
+from exportd.settings import DownloadSettings
 
 # A client that has everything acknowledges it within a round trip.
 _FIRST_PAUSE_SECONDS = 0.001
@@ -25,28 +25,19 @@ _TCP_CLOSE = 7  # Linux, include/net/tcp_states.h
 _LONGEST_ALERT_BYTES = 32
 
 
-@dataclass(frozen=True, slots=True)
-class Patience:
-    """How little progress is enough.
+class Watch:
+    """Watches one delivery while its block runs. Ends it when the client makes too little progress, or left.
 
-    No byte for ``stall_timeout_seconds``, or fewer than ``least_rate_bytes_per_second`` on average over
-    ``least_rate_window_seconds`` (a rate of 0: no limit), ends the delivery. There is no limit on the whole.
+    Too little is no byte for ``stall_timeout_seconds``, or fewer than ``least_rate_bytes_per_second`` on
+    average over ``least_rate_window_seconds`` (a rate of 0: no limit). The whole delivery has no time limit.
     """
 
-    stall_timeout_seconds: float
-    least_rate_bytes_per_second: int
-    least_rate_window_seconds: float
-
-
-class Watch:
-    """Watches one delivery while its block lasts: ends it when patience does, or when the client has left."""
-
-    def __init__(self, transport: asyncio.Transport, progress: Progress, patience: Patience) -> None:
+    def __init__(self, transport: asyncio.Transport, progress: Progress, settings: DownloadSettings) -> None:
         self._loop = asyncio.get_running_loop()
         self._transport = transport
         self._progress = progress
-        self._patience = patience
-        self._interval = interval_seconds(patience.stall_timeout_seconds)
+        self._settings = settings
+        self._interval = interval_seconds(settings.stall_timeout_seconds)
         self._waiter: asyncio.Future[None] | None = None
         self._connection = -1
         self._taken = 0
@@ -131,12 +122,12 @@ class Watch:
         self._count_acknowledged()
         if taken > self._taken:
             self._taken, self._progressed_at = taken, now
-        elif now - self._progressed_at >= self._patience.stall_timeout_seconds:
+        elif now - self._progressed_at >= self._settings.stall_timeout_seconds:
             return "stalled"
         elapsed = now - self._window_began_at
-        if elapsed >= self._patience.least_rate_window_seconds:
+        if elapsed >= self._settings.least_rate_window_seconds:
             rate = (taken - self._taken_before_window) / elapsed
-            if rate < self._patience.least_rate_bytes_per_second:
+            if rate < self._settings.least_rate_bytes_per_second:
                 return "too slow"
             self._window_began_at, self._taken_before_window = now, taken
         return None

@@ -13,8 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import structlog
@@ -24,9 +23,10 @@ from gunicorn.app.base import BaseApplication
 from gunicorn.glogging import Logger
 
 from exportd.errors import OperatorError
+from exportd.settings import ServerSettings
 from exportd.telemetry.metrics import forget_dead_processes, shared_metrics
-from exportd.web.edge.boundary import LIFECYCLE
-from exportd.web.edge.connection import ConnectionLimits, ConnectionServer
+from exportd.web.edge.connection import ConnectionServer
+from exportd.web.services import SERVICES
 
 log = structlog.get_logger()
 
@@ -52,16 +52,6 @@ class ServerError(OperatorError):
 
 
 @dataclass(frozen=True, slots=True)
-class Listener:
-    """Where to listen, and with which certificate."""
-
-    host: str
-    port: int
-    tls_cert: Path | None
-    tls_key: Path | None
-
-
-@dataclass(frozen=True, slots=True)
 class Companion:
     """A command that is kept running beside the server, and its environment."""
 
@@ -71,11 +61,8 @@ class Companion:
 
 def serve(
     make_app: MakeApp,
-    listener: Listener,
+    settings: ServerSettings,
     *,
-    workers: int,
-    drain_timeout_seconds: float,
-    limits: ConnectionLimits,
     on_hangup: Callable[[], None],
     on_started: Callable[[str], None] = lambda _: None,
     companion: Companion | None = None,
@@ -85,30 +72,30 @@ def serve(
     The first signal stops accepting and lets running requests finish for ``drain_timeout_seconds``; a second
     one aborts them at once. ``make_app`` is called in each process that serves; ``on_started`` is told the
     address. ``companion`` runs beside; its stdin ends when this process does. SIGHUP calls ``on_hangup``
-    where one process serves, and replaces the processes where several do. Of ``limits``, 0 connections are
-    as many as the limit on open files has room for. Raises ServerError, and whatever the application's
+    where one process serves, and replaces the processes where several do. ``max_connections`` 0 is as
+    many as the limit on open files has room for. Raises ServerError, and whatever the application's
     start-up raises.
     """
-    _tls_context(listener)  # a certificate that cannot be used is told before anything starts
+    _tls_context(settings)  # a certificate that cannot be used is told before anything starts
     room = _room_for_connections()
-    limits = replace(limits, connections=min(limits.connections or room, room))
+    max_connections = min(settings.max_connections or room, room)
     with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(opened) for opened in _listen(listener)]
-        url = _address(listener, sockets[0])
+        sockets = [stack.enter_context(opened) for opened in _listen(settings)]
+        url = _address(settings, sockets[0])
         if companion:
             stack.enter_context(_accompanied(companion))
 
         def make_runner() -> DrainingRunner:
-            return DrainingRunner(make_app(), drain_timeout_seconds, limits)
+            return DrainingRunner(make_app(), settings.drain_timeout_seconds, max_connections)
 
         def started() -> None:
             _notify("READY=1")
-            log.info("server_started", url=url, workers=workers)
+            log.info("server_started", url=url, workers=settings.workers)
             on_started(url)
 
-        if workers == 1:
-            return uvloop.run(_serve(make_runner, listener, sockets, on_hangup, started))
-        return _serve_by_workers(make_runner, listener, sockets, workers, drain_timeout_seconds, started)
+        if settings.workers == 1:
+            return uvloop.run(_serve(make_runner, settings, sockets, on_hangup, started))
+        return _serve_by_workers(make_runner, settings, sockets, started)
 
 
 def run_until_stopped(work: Coroutine[Any, Any, None], *, ends_with_stdin: bool) -> None:
@@ -137,18 +124,19 @@ def run_until_stopped(work: Coroutine[Any, Any, None], *, ends_with_stdin: bool)
 class DrainingRunner(web.AppRunner):
     """A runner whose clean-up first lets running requests finish."""
 
-    def __init__(self, app: web.Application, drain_timeout_seconds: float, limits: ConnectionLimits) -> None:
+    def __init__(self, app: web.Application, drain_timeout_seconds: float, max_connections: int) -> None:
         super().__init__(app, access_log=None, handle_signals=False, shutdown_timeout=1.0)
         self._drain_timeout_seconds = drain_timeout_seconds
-        self._limits = limits
+        self._max_connections = max_connections
         self.abort = asyncio.Event()
 
     async def _make_server(self) -> web.Server:
-        return ConnectionServer(self.app, await super()._make_server(), self._limits)
+        return ConnectionServer(self.app, await super()._make_server(), self._max_connections)
 
     async def setup(self) -> None:
         await super().setup()
-        _limit_handshakes(asyncio.get_running_loop(), self._limits.head_timeout_seconds)
+        seconds = self.app[SERVICES].settings.server.head_timeout_seconds
+        _limit_handshakes(asyncio.get_running_loop(), seconds)
 
     async def cleanup(self) -> None:
         if self.server is not None:
@@ -156,7 +144,7 @@ class DrainingRunner(web.AppRunner):
         await super().cleanup()
 
     async def _drain(self) -> None:
-        lifecycle = self.app[LIFECYCLE]
+        lifecycle = self.app[SERVICES].lifecycle
         lifecycle.is_draining = True
         _notify("STOPPING=1")
         log.info("server_draining", timeout_seconds=self._drain_timeout_seconds)
@@ -175,7 +163,7 @@ class DrainingRunner(web.AppRunner):
 
 async def _serve(
     make_runner: Callable[[], DrainingRunner],
-    listener: Listener,
+    settings: ServerSettings,
     sockets: list[socket.socket],
     on_hangup: Callable[[], None],
     started: Callable[[], None],
@@ -189,7 +177,7 @@ async def _serve(
     try:
         await runner.setup()
         for opened in sockets:
-            await web.SockSite(runner, opened, ssl_context=_tls_context(listener), backlog=_BACKLOG).start()
+            await web.SockSite(runner, opened, ssl_context=_tls_context(settings), backlog=_BACKLOG).start()
         started()
         await stop.wait()
     finally:
@@ -199,10 +187,8 @@ async def _serve(
 
 def _serve_by_workers(
     make_runner: Callable[[], DrainingRunner],
-    listener: Listener,
+    settings: ServerSettings,
     sockets: list[socket.socket],
-    workers: int,
-    drain_timeout_seconds: float,
     started: Callable[[], None],
 ) -> int:
     # A worker that is told to stop before it can hear it would not: it runs gunicorn's own handlers, and then
@@ -216,16 +202,16 @@ def _serve_by_workers(
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         return make_runner()
 
-    stopping_seconds = int(drain_timeout_seconds + _ABORT_SECONDS) + 1
+    stopping_seconds = int(settings.drain_timeout_seconds + _ABORT_SECONDS) + 1
     options = {
         # gunicorn makes the descriptors its own, and closes them.
         "bind": [f"fd://{opened.detach()}" for opened in sockets],
-        "workers": workers,
+        "workers": settings.workers,
         "worker_class": "aiohttp.GunicornUVLoopWebWorker",
         "graceful_timeout": stopping_seconds,
         "timeout": stopping_seconds + _HUNG_SECONDS,
-        "certfile": str(listener.tls_cert) if listener.tls_cert else None,
-        "keyfile": str(listener.tls_key) if listener.tls_key else None,
+        "certfile": str(settings.tls_cert) if settings.tls_cert else None,
+        "keyfile": str(settings.tls_key) if settings.tls_key else None,
         "logger_class": _GunicornLogger,
         "when_ready": lambda _: started(),
         "child_exit": lambda _, __: forget_dead_processes(),
@@ -339,12 +325,12 @@ def _room_for_connections() -> int:
     return max(1, (soft - _SPARE_DESCRIPTORS) // 3)
 
 
-def _listen(listener: Listener) -> list[socket.socket]:
+def _listen(settings: ServerSettings) -> list[socket.socket]:
     """A listening socket for each address of the host, all on one port. Raises ServerError."""
-    port = listener.port
+    port = settings.port
     sockets: list[socket.socket] = []
     try:
-        found = socket.getaddrinfo(listener.host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        found = socket.getaddrinfo(settings.host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         for family, host in dict.fromkeys((entry[0], str(entry[4][0])) for entry in found):
             sockets.append(socket.create_server((host, port), family=family, backlog=_BACKLOG))
             port = sockets[0].getsockname()[1]
@@ -353,23 +339,23 @@ def _listen(listener: Listener) -> list[socket.socket]:
             opened.close()
         # The loops' and getaddrinfo's own texts say too much or too little.
         reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
-        raise ServerError(f"cannot listen on {listener.host}:{listener.port}: {reason}") from error
+        raise ServerError(f"cannot listen on {settings.host}:{settings.port}: {reason}") from error
     return sockets
 
 
-def _address(listener: Listener, opened: socket.socket) -> str:
+def _address(settings: ServerSettings, opened: socket.socket) -> str:
     host, port = opened.getsockname()[:2]
-    scheme = "https" if listener.tls_cert else "http"
+    scheme = "https" if settings.tls_cert else "http"
     return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def _tls_context(listener: Listener) -> ssl.SSLContext | None:
-    if listener.tls_cert is None:
+def _tls_context(settings: ServerSettings) -> ssl.SSLContext | None:
+    if settings.tls_cert is None:
         return None
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     try:
-        context.load_cert_chain(listener.tls_cert, listener.tls_key)
+        context.load_cert_chain(settings.tls_cert, settings.tls_key)
     except (OSError, ssl.SSLError) as error:
         raise ServerError(f"the TLS certificate or key cannot be used: {error}") from error
     return context

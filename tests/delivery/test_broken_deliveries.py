@@ -15,8 +15,7 @@ from aiohttp.test_utils import TestClient
 
 from exportd.delivery import cold, sendfile, watch
 from exportd.storage.files import OpenPackage
-from exportd.web.downloads.handler import LEDGER
-from exportd.web.edge.boundary import LIFECYCLE
+from exportd.web.services import SERVICES
 from tests.support.application import ANN, Jobs, Package, Start, noise, until_idle
 from tests.support.postgres import query
 
@@ -308,7 +307,7 @@ async def test_a_record_that_fails_sends_no_second_answer(client: Client, jobs: 
         "spool_not_drained",
     }
     assert client.app is not None
-    assert client.app[LEDGER].spooled == 3
+    assert client.app[SERVICES].ledger.spooled == 3
 
 
 @pytest.mark.parametrize("mode", ["not in memory", "not supported", "no such flag"])
@@ -339,7 +338,7 @@ async def test_a_cancelled_download_is_recorded_before_it_ends(client: Client, j
     await loop.sock_sendall(connection, request_bytes(package))
     await until("the first bytes", lambda: descriptors_on(package.file) == 1)
     assert client.app is not None
-    assert client.app[LIFECYCLE].cancel_all() == 1
+    assert client.app[SERVICES].lifecycle.cancel_all() == 1
     await until_idle(client)
     assert outcomes(jobs) == [("aborted", False)]
     assert len(body_of(await read_to_end(connection))) < SIZE

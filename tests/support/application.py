@@ -17,7 +17,7 @@ from aiohttp.test_utils import TestClient, TestServer
 from exportd.app import make_app
 from exportd.auth.tokens import Claims, Tokens
 from exportd.settings import Settings
-from exportd.web.edge.boundary import LIFECYCLE
+from exportd.web.services import SERVICES
 from tests.support.postgres import migrated_database, query
 
 SECRET = "a secret for the tests, 32 bytes long"
@@ -164,4 +164,4 @@ def noise(size: int) -> bytes:
 async def until_idle(client: TestClient[Any, Any]) -> None:
     """Waits until every request has ended: its delivery acknowledged, recorded and logged."""
     assert client.app is not None
-    assert await client.app[LIFECYCLE].wait_until_idle(30)
+    assert await client.app[SERVICES].lifecycle.wait_until_idle(30)

@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator
 from aiohttp import web
 
 from exportd.process.runner import DrainingRunner
-from exportd.web.edge.connection import ConnectionLimits
 
 
 class Served:
@@ -28,16 +27,9 @@ class Served:
 
 
 @contextlib.asynccontextmanager
-async def serving(app: web.Application, *, stall_timeout_seconds: float = 60.0) -> AsyncIterator[Served]:
+async def serving(app: web.Application) -> AsyncIterator[Served]:
     """Serves ``app`` while the block lasts."""
-    limits = ConnectionLimits(
-        connections=1000,
-        connections_per_address=0,
-        head_timeout_seconds=60.0,
-        keepalive_timeout_seconds=60.0,
-        stall_timeout_seconds=stall_timeout_seconds,
-    )
-    runner = DrainingRunner(app, drain_timeout_seconds=0.0, limits=limits)
+    runner = DrainingRunner(app, drain_timeout_seconds=0.0, max_connections=1000)
     await runner.setup()
     try:
         await web.TCPSite(runner, "127.0.0.1", 0).start()

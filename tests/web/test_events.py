@@ -15,9 +15,9 @@ import structlog
 from exportd.counting import ledger
 from exportd.counting.record import checkpoint_downloads
 from exportd.db.pool import Database
-from exportd.web.edge.boundary import LIFECYCLE
+from exportd.jobs import hub
 from exportd.web.jobs import events
-from exportd.web.jobs.events import HUB
+from exportd.web.services import SERVICES
 from tests.counting.test_ledger import event
 from tests.delivery.test_broken_deliveries import until
 from tests.support.application import ANN, BASE, Jobs, Package, Start, bearer, noise, until_idle
@@ -26,7 +26,8 @@ from tests.support.postgres import query
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(events, "_LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(hub, "_LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(events, "_WAIT_SECONDS", 0.02)
 
 
 class Stream:
@@ -94,7 +95,7 @@ async def test_a_job_is_followed_from_waiting_to_downloaded(start: Start, jobs: 
         await stream.ended()
     await until_idle(client)
     assert client.app is not None
-    assert not client.app[HUB]._watches
+    assert not client.app[SERVICES].hub._watches
 
 
 async def test_the_callers_own_downloads_are_told_as_they_go(
@@ -201,7 +202,7 @@ async def test_a_drain_ends_the_stream(start: Start, jobs: Jobs) -> None:
     assert client.app is not None
     async with watching(client, jobs.add()) as stream:
         await stream.next()
-        client.app[LIFECYCLE].is_draining = True
+        client.app[SERVICES].lifecycle.is_draining = True
         await stream.ended()
     await until_idle(client)
 
@@ -225,7 +226,7 @@ async def test_a_reader_who_leaves_is_forgotten(start: Start, jobs: Jobs) -> Non
         await stream.next()
         stream.response.close()
     await until_idle(client)
-    assert not client.app[HUB]._watches
+    assert not client.app[SERVICES].hub._watches
 
 
 async def test_a_reader_who_takes_nothing_is_dropped(
@@ -240,13 +241,13 @@ async def test_a_reader_who_takes_nothing_is_dropped(
     writer.write(f"GET {BASE}/{package.job_id}/events HTTP/1.1\r\n{fields}".encode())
     await reader.readline()
     for number in range(200):
-        if not client.app[HUB]._watches and number:
+        if not client.app[SERVICES].hub._watches and number:
             break
         # A state of a megabyte, and another one.
         change(jobs, package, f"failure_reason = repeat('{number % 10}', 1000000)")
         await asyncio.sleep(0.05)
     await until_idle(client)
-    assert not client.app[HUB]._watches
+    assert not client.app[SERVICES].hub._watches
     writer.close()
 
 
@@ -254,7 +255,7 @@ async def test_one_look_serves_all_readers_and_none_is_made_without(
     start: Start, jobs: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looks: list[list[UUID]] = []
-    find = events.find_details_in_progress
+    find = hub.find_details_in_progress
 
     async def counting(database: Database, job_ids: list[UUID]) -> Any:
         looks.append(job_ids)
@@ -267,7 +268,7 @@ async def test_one_look_serves_all_readers_and_none_is_made_without(
         streams = [await stack.enter_async_context(watching(client, package)) for _ in range(20)]
         for stream in streams:
             await stream.next()
-        monkeypatch.setattr(events, "find_details_in_progress", counting)
+        monkeypatch.setattr(hub, "find_details_in_progress", counting)
         change(jobs, package, "failure_reason = 'x'")
         for stream in streams:
             assert (await stream.next())[1]["failureReason"] == "x"

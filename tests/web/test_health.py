@@ -9,7 +9,8 @@ from aiohttp.test_utils import TestClient
 
 from exportd.db.pool import Database
 from exportd.storage.files import PackageStore
-from exportd.web.ops import health
+from exportd.web.ops import probes
+from exportd.web.services import SERVICES
 from tests.support.application import Start
 
 Client = TestClient[Any, Any]
@@ -36,7 +37,7 @@ async def test_many_probes_are_one_look(start: Start, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(PackageStore, "is_ready", count_storage)
     monkeypatch.setattr(Database, "fetch_one", count_database)
-    monkeypatch.setattr(health, "_REMEMBERED_SECONDS", 3600.0)
+    monkeypatch.setattr(probes, "_REMEMBERED_SECONDS", 3600.0)
     answers = await asyncio.gather(*(probe(client) for _ in range(50)))
     assert {status for status, _ in answers} == {200}
     assert sorted(looks) == ["SELECT 1", "storage"]
@@ -54,8 +55,8 @@ async def test_a_storage_that_hangs_holds_one_thread_and_is_told(
         return may_answer.wait(60)
 
     monkeypatch.setattr(PackageStore, "is_ready", hang)
-    monkeypatch.setattr(health, "_STORAGE_TIMEOUT_SECONDS", 0.02)
-    monkeypatch.setattr(health, "_REMEMBERED_SECONDS", 0.0)
+    monkeypatch.setattr(probes, "_STORAGE_TIMEOUT_SECONDS", 0.02)
+    monkeypatch.setattr(probes, "_REMEMBERED_SECONDS", 0.0)
     try:
         for _ in range(5):
             status, answer = await probe(client)
@@ -63,7 +64,7 @@ async def test_a_storage_that_hangs_holds_one_thread_and_is_told(
         assert len(calls) == 1
     finally:
         may_answer.set()
-    monkeypatch.setattr(health, "_STORAGE_TIMEOUT_SECONDS", 60.0)
+    monkeypatch.setattr(probes, "_STORAGE_TIMEOUT_SECONDS", 60.0)
     assert (await probe(client))[0] == 200
 
 
@@ -71,7 +72,7 @@ async def test_a_prober_that_leaves_does_not_take_the_answer_from_others(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = await start()
-    readiness = client.app[health.READINESS]
+    readiness = client.app[SERVICES].readiness
     first = asyncio.create_task(readiness.look())
     await asyncio.sleep(0)
     first.cancel()

@@ -13,13 +13,13 @@ from aiohttp.test_utils import TestClient
 from exportd.db.pool import DatabaseUnavailable
 from exportd.delivery import cold, response
 from exportd.domain.delivery import Method
+from exportd.limits.limiter import Limit
 from exportd.settings import LimitSettings
-from exportd.web.downloads.handler import FAILURE_REASONS
-from exportd.web.edge.boundary import LIFECYCLE
+from exportd.web.downloads.recording import FAILURE_REASONS
 from exportd.web.edge.connection import Refusal
 from exportd.web.edge.lifecycle import Lifecycle
-from exportd.web.edge.limits import Limit
-from exportd.web.ops import metrics
+from exportd.web.ops import probes
+from exportd.web.services import SERVICES
 from tests.delivery.test_broken_deliveries import SIZE, connect, request_bytes, until, until_idle
 from tests.support.application import ANN, BASE, EVE, Jobs, Start, noise
 from tests.support.postgres import query
@@ -271,7 +271,7 @@ async def test_the_table_is_read_once_a_minute(
     assert (await scrape(client))['exportd_packages{state="available"}'] == 1
     jobs.add()
     assert (await scrape(client))['exportd_packages{state="available"}'] == 1
-    monkeypatch.setattr(metrics, "_SUMS_KEPT_SECONDS", 0.0)
+    monkeypatch.setattr(probes, "_SUMS_KEPT_SECONDS", 0.0)
     assert (await scrape(client))['exportd_packages{state="available"}'] == 2
 
 
@@ -302,8 +302,8 @@ async def test_sums_that_could_not_be_read_are_left_out(
     async def unavailable(_: object) -> None:
         raise DatabaseUnavailable("the server cancelled the statement")
 
-    monkeypatch.setattr(metrics, "_SUMS_KEPT_SECONDS", 0.0)
-    monkeypatch.setattr(metrics, "sum_packages", unavailable)
+    monkeypatch.setattr(probes, "_SUMS_KEPT_SECONDS", 0.0)
+    monkeypatch.setattr(probes, "sum_packages", unavailable)
     found = await scrape(client)
     assert found["exportd_database_up"] == 1
     assert not any(key.startswith("exportd_package") for key in found)
@@ -312,7 +312,7 @@ async def test_sums_that_could_not_be_read_are_left_out(
 async def test_a_scrape_that_waits_does_not_hold_up_the_end(
     client: Client, dsn: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(metrics, "_PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr(probes, "_SCRAPE_TIMEOUT_SECONDS", 0.05)
     with psycopg2.connect(dsn) as blocker:
         blocker.cursor().execute("LOCK TABLE export_jobs IN ACCESS EXCLUSIVE MODE")
         await scrape(client)
@@ -331,8 +331,8 @@ async def test_what_is_refused_before_the_edge_is_not_counted(client: Client) ->
 async def test_a_table_that_is_locked_holds_up_no_scrape(
     client: Client, jobs: Jobs, dsn: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(metrics, "_PATIENCE_SECONDS", 0.5)
-    monkeypatch.setattr(metrics, "_SUMS_KEPT_SECONDS", 0.0)
+    monkeypatch.setattr(probes, "_SCRAPE_TIMEOUT_SECONDS", 0.5)
+    monkeypatch.setattr(probes, "_SUMS_KEPT_SECONDS", 0.0)
     jobs.add()
     with psycopg2.connect(dsn) as blocker:
         blocker.cursor().execute("LOCK TABLE export_jobs IN ACCESS EXCLUSIVE MODE")
@@ -346,14 +346,14 @@ async def test_a_table_that_is_locked_holds_up_no_scrape(
         blocker.rollback()
     blocker.close()
     assert client.app is not None
-    probe = client.app[metrics.PROBE]
+    probe = client.app[SERVICES].database_probe
     await until("the sums", lambda: probe.packages)
     assert (await scrape(client))['exportd_packages{state="available"}'] == 1
 
 
 async def test_a_drain_can_be_watched(client: Client) -> None:
     assert client.app is not None
-    lifecycle: Lifecycle = client.app[LIFECYCLE]
+    lifecycle: Lifecycle = client.app[SERVICES].lifecycle
     lifecycle.is_draining = True
     assert (await scrape(client))["exportd_downloads_in_flight"] == 0
 

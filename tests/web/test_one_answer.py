@@ -9,8 +9,8 @@ import pytest
 import structlog
 from aiohttp import web
 
-from exportd.web.downloads.handler import LEDGER
 from exportd.web.edge.errors import JobNotFound
+from exportd.web.services import SERVICES
 from tests.support.application import ANN, Jobs, make_test_app, noise, skip_missed_cleanup
 from tests.support.postgres import query
 from tests.support.server import serving
@@ -93,7 +93,7 @@ async def test_a_log_line_that_fails_costs_no_count_and_sends_no_second_answer(
             received = await converse(served.port, request.encode() * 2)
         finally:
             structlog.configure(**configuration)
-        await app[LEDGER].settle(package.job_id)
+        await app[SERVICES].ledger.settle(package.job_id)
     head, _, body = received.partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 200 ")
     assert body == package.content

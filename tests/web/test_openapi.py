@@ -18,9 +18,9 @@ from jsonschema.exceptions import ValidationError
 from exportd import __version__
 from exportd.auth.tokens import KeysUnavailable, Tokens
 from exportd.db.pool import Database, DatabaseUnavailable
-from exportd.web.edge.boundary import LIFECYCLE
 from exportd.web.edge.errors import ApiError, error_response
 from exportd.web.openapi.document import describe_api
+from exportd.web.services import SERVICES
 from tests.support.application import ADMIN, ANN, BASE, EVE, Jobs, Start, ask_once, noise, until_idle
 from tests.support.openapi import check_answer, find_operation, operations, validate
 from tests.support.postgres import query
@@ -376,7 +376,7 @@ async def test_what_the_edge_answers_is_documented(start: Start, jobs: Jobs, doc
         page = {**ANN, "Origin": "https://app.example.com"}
         assert await check(client, document, "GET", path, page, 200) is None
     assert client.app is not None
-    client.app[LIFECYCLE].is_draining = True
+    client.app[SERVICES].lifecycle.is_draining = True
     assert await check(client, document, "GET", package.url, ANN, 503) == "SHUTTING_DOWN"
     assert await check(client, document, "GET", "/readyz", {}, 503) is None
     assert await check(client, document, "GET", "/healthz", {}, 200) is None

@@ -42,12 +42,14 @@ def get(path: str) -> bytes:
 @pytest.fixture
 def app(dsn: str, storage: Path) -> web.Application:
     skip_missed_cleanup(dsn)
-    return make_test_app(dsn, storage)
+    return make_test_app(
+        dsn, storage, limits={"connections_per_address": 0}, download={"stall_timeout_seconds": STALL_SECONDS}
+    )
 
 
 @pytest.fixture
 async def served(app: web.Application) -> AsyncIterator[Served]:
-    async with serving(app, stall_timeout_seconds=STALL_SECONDS) as served:
+    async with serving(app) as served:
         yield served
 
 
@@ -82,7 +84,7 @@ async def test_an_answer_that_waits_in_the_kernel_ends_the_connection_too(
         return web.Response(body=bytes(300_000))
 
     app.router.add_get("/answer", handle, name="answer")
-    async with serving(app, stall_timeout_seconds=STALL_SECONDS) as served:
+    async with serving(app) as served:
         client = await connect(served)
         await asyncio.get_running_loop().sock_sendall(client, get("/answer"))
         await until("the request", lambda: served.connections == 1)

@@ -1,7 +1,6 @@
 """Download links: addresses that need no token, for a browser's own download manager."""
 
 import secrets
-from dataclasses import dataclass
 
 import orjson
 import structlog
@@ -9,27 +8,16 @@ from aiohttp import web
 
 from exportd.db.links import make_link, revoke_links
 from exportd.domain.permission import may_see
-from exportd.web.downloads.handler import JOBS, check_permission, open_package
-from exportd.web.edge.access import DATABASE, authenticate, refuse, requested_job_id, ticket_digest
+from exportd.web.downloads.admission import check_permission, open_package
+from exportd.web.edge.access import authenticate, refuse, requested_job_id, ticket_digest
 from exportd.web.edge.errors import JobNotFound
-from exportd.web.edge.limits import LIMITER
 from exportd.web.openapi import operations
 from exportd.web.openapi.document import documented
+from exportd.web.services import SERVICES
 
 log = structlog.get_logger()
 
 _TICKET_BYTES = 32
-
-
-@dataclass(frozen=True, slots=True)
-class LinkOptions:
-    """For how long after it was made a link starts downloads, and resumes what was started."""
-
-    start_seconds: float
-    resume_seconds: float
-
-
-LINK_OPTIONS = web.AppKey("link_options", LinkOptions)
 
 
 @documented(operations.MAKE_LINK)
@@ -37,21 +25,21 @@ async def make_download_link(request: web.Request) -> web.Response:
     """Makes a link that downloads the package as the caller, who may do so now."""
     job_id = requested_job_id(request)
     principal = await authenticate(request)
-    job = await request.app[JOBS].find_job(job_id)
+    job = await request.app[SERVICES].jobs.find_job(job_id)
     if job is None:
         raise JobNotFound
     await check_permission(request, principal, job, may_resume=False)
     with open_package(request, job):
         pass
     # What a download would be refused for now is told here: a browser's download manager says nothing of it.
-    limiter = request.app[LIMITER]
-    await limiter.check_quota(request.app[DATABASE], principal)
+    limiter = request.app[SERVICES].limiter
+    await limiter.check_quota(request.app[SERVICES].database, principal)
     with limiter.delivery(principal, job_id):
         pass
     ticket = secrets.token_urlsafe(_TICKET_BYTES)
-    options = request.app[LINK_OPTIONS]
+    options = request.app[SERVICES].settings.links
     start_until, resume_until = await make_link(
-        request.app[DATABASE],
+        request.app[SERVICES].database,
         ticket_digest(ticket),
         job,
         principal.user_id,
@@ -79,11 +67,13 @@ async def revoke_download_links(request: web.Request) -> web.Response:
     that they made."""
     job_id = requested_job_id(request)
     principal = await authenticate(request)
-    job = await request.app[JOBS].find_job(job_id)
+    job = await request.app[SERVICES].jobs.find_job(job_id)
     if job is None:
         raise JobNotFound
     is_entitled = may_see(principal, job.user_id)
-    count = await revoke_links(request.app[DATABASE], job_id, None if is_entitled else principal.user_id)
+    count = await revoke_links(
+        request.app[SERVICES].database, job_id, None if is_entitled else principal.user_id
+    )
     if not count and not is_entitled:
         raise refuse(request, job.user_id)
     log.info("download_links_revoked", count=count)

@@ -7,11 +7,9 @@ from uuid import UUID
 import structlog
 from aiohttp import web
 
-from exportd.auth.tokens import InvalidToken, KeysUnavailable, Tokens
+from exportd.auth.tokens import InvalidToken, KeysUnavailable
 from exportd.db.links import Link, find_link
-from exportd.db.pool import Database
 from exportd.domain.principal import Principal
-from exportd.web.edge.boundary import METRICS
 from exportd.web.edge.errors import (
     DownloadUnauthorized,
     IdentityProviderUnavailable,
@@ -19,12 +17,9 @@ from exportd.web.edge.errors import (
     LinkExpired,
     Unauthenticated,
 )
-from exportd.web.edge.limits import LIMITER
+from exportd.web.services import SERVICES
 
 log = structlog.get_logger()
-
-DATABASE = web.AppKey("database", Database)
-TOKENS = web.AppKey("tokens", Tokens)
 
 # UUID() alone would also take braces, "urn:uuid:" and hyphens anywhere.
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII | re.IGNORECASE)
@@ -50,16 +45,16 @@ async def authenticate(request: web.Request) -> Principal:
     try:
         if len(fields) > 1 or scheme.lower() != "bearer":
             raise InvalidToken("not one bearer token")
-        principal = await request.app[TOKENS].verify(token.strip(" "))
+        principal = await request.app[SERVICES].tokens.verify(token.strip(" "))
     except InvalidToken as error:
         challenge = f'{_CHALLENGE}, error="invalid_token"'
         raise _unauthenticated(request, str(error), challenge) from error
     except KeysUnavailable as error:
-        if request.app[LIMITER].may_log("identity provider", ""):
+        if request.app[SERVICES].limiter.may_log("identity provider", ""):
             log.error("identity_provider_unavailable", error=str(error))
         raise IdentityProviderUnavailable from error
     structlog.contextvars.bind_contextvars(user_id=principal.user_id)
-    request.app[LIMITER].check_user(principal)
+    request.app[SERVICES].limiter.check_user(principal)
     return principal
 
 
@@ -76,11 +71,15 @@ async def find_requested_link(request: web.Request, job_id: UUID) -> Link | None
     tickets = request.query.getall("ticket", [])
     if not tickets:
         return None
-    link = await find_link(request.app[DATABASE], ticket_digest(tickets[0])) if len(tickets) == 1 else None
+    link = (
+        await find_link(request.app[SERVICES].database, ticket_digest(tickets[0]))
+        if len(tickets) == 1
+        else None
+    )
     if link is None or link.job_id != job_id:
         raise refuse_link(request, "unknown")
     structlog.contextvars.bind_contextvars(user_id=link.user_id, by="link")
-    request.app[LIMITER].check_user(link_principal(link))
+    request.app[SERVICES].limiter.check_user(link_principal(link))
     if link.is_revoked:
         raise refuse_link(request, "revoked")
     return link
@@ -93,13 +92,13 @@ def link_principal(link: Link) -> Principal:
 
 def refuse_link(request: web.Request, reason: str) -> LinkExpired:
     """Logs an attempt by a dead link; the error to raise."""
-    request.app[METRICS].access_refused("bad_link")
+    request.app[SERVICES].metrics.access_refused("bad_link")
     log.warning("download_link_refused", reason=reason)
     return LinkExpired()
 
 
 def _unauthenticated(request: web.Request, reason: str | None, challenge: str) -> Unauthenticated:
-    request.app[METRICS].access_refused("no_token" if reason is None else "bad_token")
+    request.app[SERVICES].metrics.access_refused("no_token" if reason is None else "bad_token")
     if reason is not None:
         log.warning("authentication_failed", reason=reason)
     return Unauthenticated(headers={"WWW-Authenticate": challenge})
@@ -107,6 +106,6 @@ def _unauthenticated(request: web.Request, reason: str | None, challenge: str) -
 
 def refuse(request: web.Request, creator: str) -> DownloadUnauthorized:
     """Logs an attempt on somebody else's job; the error to raise."""
-    request.app[METRICS].access_refused("not_permitted")
+    request.app[SERVICES].metrics.access_refused("not_permitted")
     log.warning("download_denied", reason="neither creator nor admin", creator=creator)
     return DownloadUnauthorized()

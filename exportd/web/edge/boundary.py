@@ -1,9 +1,7 @@
 """What every request meets first and last: an id, one shape for all errors, and a place in the drain."""
 
+import math
 import re
-import secrets
-import time
-from collections.abc import Collection
 from urllib.parse import urlsplit
 
 import structlog
@@ -11,7 +9,8 @@ from aiohttp import HttpVersion11, web
 from aiohttp.typedefs import Handler
 
 from exportd.db.pool import DatabaseUnavailable
-from exportd.telemetry.metrics import Metrics
+from exportd.limits.limiter import Limit, LimitExceeded
+from exportd.web.edge.context import CLIENT, REQUEST_ID, begin_request, request_id_of
 from exportd.web.edge.cors import answer_preflight
 from exportd.web.edge.errors import (
     ApiError,
@@ -28,21 +27,10 @@ from exportd.web.edge.errors import (
     error_page,
     error_response,
 )
-from exportd.web.edge.lifecycle import Lifecycle
-from exportd.web.edge.limits import CLIENT, LIMITER, find_client
+from exportd.web.services import SERVICES, Services
 
 log = structlog.get_logger()
 
-# In lower case, without ports; none: any.
-ALLOWED_HOSTS = web.AppKey("allowed_hosts", Collection[str])
-LIFECYCLE = web.AppKey("lifecycle", Lifecycle)
-METRICS = web.AppKey("metrics", Metrics)
-REQUEST_ID = web.RequestKey("request_id", str)
-# By time.perf_counter().
-RECEIVED_AT = web.RequestKey("received_at", float)
-
-_SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}", re.ASCII)
-_TRACE_PARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?", re.ASCII)
 # RFC 9110, section 7.2: a host and, maybe, a port; neither a user nor a path.
 _HOST = re.compile(r"(\[[^][/?#@\s]*\]|[^][/?#@:\s]*)(?::[0-9]{0,5})?", re.ASCII)
 _NO_WEIGHT = re.compile(r"q=0(?:\.0*)?", re.ASCII)
@@ -57,56 +45,78 @@ _PROBES = (*_HEALTH, "/metrics")
 
 @web.middleware
 async def edge(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Gives the request its id and turns whatever is raised into an error response."""
-    request[RECEIVED_AT] = time.perf_counter()
-    request[CLIENT] = find_client(request)
-    request_id = _request_id(request)
-    request[REQUEST_ID] = request_id
-    structlog.contextvars.clear_contextvars()
-    structlog.contextvars.bind_contextvars(request_id=request_id, **_trace_id(request))
-    lifecycle = request.app[LIFECYCLE]
-    response: web.StreamResponse
+    """Sets the request's context and translates every exception into an error response."""
+    begin_request(request)
+    lifecycle = request.app[SERVICES].lifecycle
     with lifecycle.request_under_way():
         try:
             _check_admission(request)
             preflight = answer_preflight(request)
             response = await handler(request) if preflight is None else preflight
-        except ApiError as error:
-            respond = error_page if _is_for_a_person(request) else error_response
-            response = respond(error, request_id)
-            if isinstance(error, _END_THE_CONNECTION):
-                response.force_close()
-        except web.HTTPNotFound:
-            response = error_response(RouteNotFound(), request_id)
-        except web.HTTPMethodNotAllowed as error:
-            allow = ", ".join(sorted(error.allowed_methods))
-            response = error_response(MethodNotAllowed(headers={"Allow": allow}), request_id)
-        except DatabaseUnavailable as error:
-            log.error("database_unavailable", error=str(error))
-            response = error_response(DatabaseIsUnavailable(), request_id)
-        except Exception:  # the edge: logged whole, answered with nothing of it
-            log.exception("request_failed", method=request.method, path=request.path)
-            response = error_response(InternalError(), request_id)
+        except Exception as error:  # noqa: BLE001  # translated, and logged if it is unforeseen
+            response = _respond_to(request, error)
     if lifecycle.is_draining:
-        # A client that reads to the connection's end must not wait for everybody else's.
+        # A client that reads to the end of the connection must not wait for the others.
         response.force_close()
     return response
 
 
+def _respond_to(request: web.Request, error: Exception) -> web.Response:
+    found = _translate(request, error)
+    respond = (
+        error_page
+        if isinstance(error, ApiError | LimitExceeded) and _is_for_a_person(request)
+        else error_response
+    )
+    response = respond(found, request[REQUEST_ID])
+    if isinstance(found, _END_THE_CONNECTION):
+        response.force_close()
+    return response
+
+
+def _translate(request: web.Request, error: Exception) -> ApiError:
+    match error:
+        case ApiError():
+            return error
+        case LimitExceeded():
+            return limit_error(request.app[SERVICES], error)
+        case web.HTTPMethodNotAllowed():
+            return MethodNotAllowed(headers={"Allow": ", ".join(sorted(error.allowed_methods))})
+        case web.HTTPNotFound():
+            return RouteNotFound()
+        case DatabaseUnavailable():
+            log.error("database_unavailable", error=str(error))
+            return DatabaseIsUnavailable()
+    log.error("request_failed", exc_info=error, method=request.method, path=request.path)
+    return InternalError()
+
+
+def limit_error(services: Services, error: LimitExceeded) -> ApiError:
+    """Counts and logs a request over a limit, and returns its error."""
+    services.metrics.limit_hit(error.limit)
+    if services.limiter.may_log(error.limit, error.subject):
+        log.warning("limit_hit", limit=error.limit, who=error.subject)
+    seconds = max(1, math.ceil(error.retry_after_seconds))
+    kind = QuotaExceeded if error.limit is Limit.BYTES_PER_USER_PER_DAY else RateLimited
+    return kind(
+        extra={"limit": error.limit, "retryAfterSeconds": seconds}, headers={"Retry-After": str(seconds)}
+    )
+
+
 def _check_admission(request: web.Request) -> None:
     """Raises the ApiError of a request that no handler is to see."""
-    if request.app[LIFECYCLE].is_draining and request.path not in _PROBES:
+    if request.app[SERVICES].lifecycle.is_draining and request.path not in _PROBES:
         raise ShuttingDown
     _check_framing(request)
     if request.path not in _HEALTH:
         _check_host(request)
     if request.path not in _PROBES:
-        request.app[LIMITER].check_address(request[CLIENT])
+        request.app[SERVICES].limiter.check_address(request[CLIENT])
 
 
 async def set_common_headers(request: web.Request, response: web.StreamResponse) -> None:
     """A response signal: what every answer carries."""
-    request_id = request[REQUEST_ID] if REQUEST_ID in request else _request_id(request)
+    request_id = request_id_of(request)
     # What a page may load is for its handler to say.
     policy = response.headers.get("Content-Security-Policy", _NOTHING_TO_LOAD)
     response.headers.update({**common_headers(request_id), "Content-Security-Policy": policy})
@@ -127,7 +137,7 @@ def common_headers(request_id: str) -> dict[str, str]:
 async def expect(request: web.Request) -> web.Response | None:
     """Answers an Expect field, for routes that read no body."""
     if request.headers["Expect"].lower() != "100-continue":
-        return error_response(ExpectationFailed(), _request_id(request))
+        return error_response(ExpectationFailed(), request_id_of(request))
     return None
 
 
@@ -145,7 +155,7 @@ def _check_host(request: web.Request) -> None:
     found = _HOST.fullmatch(authority)
     if found is None:
         raise BadRequest
-    allowed = request.app[ALLOWED_HOSTS]
+    allowed = request.app[SERVICES].settings.server.allowed_hosts
     if allowed and found[1].strip("[]").lower() not in allowed:
         raise MisdirectedRequest
 
@@ -166,14 +176,3 @@ def _is_for_a_person(request: web.Request) -> bool:
         if media_type == "text/html" and not any(map(_NO_WEIGHT.fullmatch, parameters)):
             return True
     return False
-
-
-def _request_id(request: web.Request) -> str:
-    given = request.headers.get("X-Request-ID", "")
-    return given if _SANE_REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
-
-
-def _trace_id(request: web.Request) -> dict[str, str]:
-    """The caller's trace (W3C Trace Context), where one came."""
-    match = _TRACE_PARENT.fullmatch(request.headers.get("traceparent", ""))
-    return {"trace_id": match[1]} if match else {}

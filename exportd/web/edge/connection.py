@@ -5,7 +5,6 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, cast
 
@@ -15,7 +14,8 @@ from aiohttp.http_exceptions import LineTooLong
 from aiohttp.web_protocol import RequestHandler
 
 from exportd.http.forwarded import parse_address, subscriber
-from exportd.web.edge.boundary import METRICS, common_headers
+from exportd.limits.limiter import LimitExceeded
+from exportd.web.edge.boundary import common_headers, limit_error
 from exportd.web.edge.errors import (
     ApiError,
     BadRequest,
@@ -25,8 +25,8 @@ from exportd.web.edge.errors import (
     RateLimited,
     error_response,
 )
-from exportd.web.edge.limits import LIMITER, PROXIES
 from exportd.web.edge.stall import StallGuard, wait_until_handed_over
+from exportd.web.services import SERVICES
 
 log = structlog.get_logger()
 
@@ -49,26 +49,20 @@ class Refusal(StrEnum):
     MALFORMED = "malformed"
 
 
-@dataclass(frozen=True, slots=True)
-class ConnectionLimits:
-    """The numbers of connections are for one process; ``connections_per_address`` 0: any number."""
-
-    connections: int
-    connections_per_address: int
-    head_timeout_seconds: float
-    keepalive_timeout_seconds: float
-    stall_timeout_seconds: float
-
-
 class ConnectionServer(web.Server):
-    """Makes an application's connections. ``made`` is aiohttp's own server for it, after its start-up."""
+    """Makes the connections of an application that has started, at most ``max_connections`` in this process.
 
-    def __init__(self, app: web.Application, made: web.Server, limits: ConnectionLimits) -> None:
+    ``made`` is aiohttp's own server for the application.
+    """
+
+    def __init__(self, app: web.Application, made: web.Server, max_connections: int) -> None:
+        self.services = app[SERVICES]
+        self.settings = self.services.settings
         super().__init__(
             made.request_handler,
             request_factory=made.request_factory,
             access_log=None,
-            keepalive_timeout=limits.keepalive_timeout_seconds,
+            keepalive_timeout=self.settings.server.keepalive_timeout_seconds,
             lingering_time=_LINGERING_SECONDS,
             max_line_size=_LONGEST_LINE,
             max_field_size=_LONGEST_LINE,
@@ -76,10 +70,7 @@ class ConnectionServer(web.Server):
             # Bodies are thrown away, and not unpacked for it.
             auto_decompress=False,
         )
-        self.limits = limits
-        self.limiter = app[LIMITER]
-        self._trusted = app[PROXIES].trusted
-        self._metrics = app[METRICS]
+        self._max_connections = max_connections
         self._by_address: Counter[str] = Counter()
         self._warned_at = float("-inf")
 
@@ -88,10 +79,10 @@ class ConnectionServer(web.Server):
 
     def admit(self, address: str) -> Refusal | None:
         """Why there is no room for one more connection of that address; None: there is, and it is taken."""
-        if len(self._connections) >= self.limits.connections:
+        if len(self._connections) >= self._max_connections:
             return Refusal.TOO_MANY
-        most, who = self.limits.connections_per_address, subscriber(address)
-        if most and self._by_address[who] >= most and not self.is_proxy(address):
+        allowed, who = self.settings.limits.connections_per_address, subscriber(address)
+        if allowed and self._by_address[who] >= allowed and not self.is_proxy(address):
             return Refusal.TOO_MANY_OF_ADDRESS
         self._by_address[who] += 1
         return None
@@ -106,14 +97,14 @@ class ConnectionServer(web.Server):
     def is_proxy(self, address: str) -> bool:
         """Whether it is one that speaks for others."""
         parsed = parse_address(address)
-        return parsed is not None and any(parsed in network for network in self._trusted)
+        return parsed is not None and any(parsed in network for network in self.services.trusted_proxies)
 
     def refused(self, reason: Refusal) -> None:
         """Notes a connection that was closed for what it did, or did not do."""
-        self._metrics.connection_refused(reason)
+        self.services.metrics.connection_refused(reason)
         if reason is Refusal.TOO_MANY and time.monotonic() - self._warned_at > _BETWEEN_WARNINGS_SECONDS:
             self._warned_at = time.monotonic()
-            log.warning("connections_exhausted", limit=self.limits.connections)
+            log.warning("connections_exhausted", limit=self._max_connections)
 
 
 class Connection(RequestHandler):
@@ -138,7 +129,7 @@ class Connection(RequestHandler):
             return
         self._address = address
         super().connection_made(transport)
-        seconds = self._server.limits.stall_timeout_seconds
+        seconds = self._server.settings.download.stall_timeout_seconds
         self._stall_guard = StallGuard(cast(asyncio.Transport, transport), seconds)
         self._expect_head()
 
@@ -163,7 +154,7 @@ class Connection(RequestHandler):
 
     def _expect_head(self) -> None:
         if self._head_timer is None:
-            seconds = self._server.limits.head_timeout_seconds
+            seconds = self._server.settings.server.head_timeout_seconds
             self._head_timer = self._loop.call_later(seconds, self._refuse, Refusal.SLOW_HEAD)
 
     def _head_came(self) -> None:
@@ -240,15 +231,15 @@ class Connection(RequestHandler):
     def _malformed(self, address: str, exc: BaseException | None) -> ApiError:
         """Notes what is no HTTP; it counts as a request of its address."""
         self._server.refused(Refusal.MALFORMED)
-        limiter = self._server.limiter
+        limiter = self._server.services.limiter
         if limiter.may_log("malformed", address):
             log.info("request_malformed", reason=type(exc).__name__, client=address)
         try:
             # A proxy would be blamed for its clients.
             if not self._server.is_proxy(address):
                 limiter.check_address(address)
-        except RateLimited as error:
-            return error
+        except LimitExceeded as error:
+            return limit_error(self._server.services, error)
         if _is_too_large(exc):
             return HeadersTooLarge()
         return HttpVersionNotSupported() if "Invalid HTTP version" in str(exc) else BadRequest()

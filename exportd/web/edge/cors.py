@@ -1,8 +1,8 @@
 """Pages of other origins (CORS in the Fetch standard): who may call, send what, and read what."""
 
-from collections.abc import Collection
-
 from aiohttp import web
+
+from exportd.web.services import SERVICES
 
 # A token is sent by the page itself; cookies never matter here, so no credentials mode.
 _METHODS = "GET, HEAD, POST, DELETE"
@@ -15,8 +15,6 @@ _EXPOSED_FIELDS = (
     " Retry-After, Sunset, X-Package-Size, X-Request-ID"
 )
 _PREFLIGHT_SECONDS = 600
-
-CORS_ORIGINS = web.AppKey("cors_origins", Collection[str])
 
 
 def answer_preflight(request: web.Request) -> web.Response | None:
@@ -36,7 +34,7 @@ def answer_preflight(request: web.Request) -> web.Response | None:
 
 async def allow_origin(request: web.Request, response: web.StreamResponse) -> None:
     """A response signal: a page of a listed origin may read the answer, whichever it is."""
-    if not request.app[CORS_ORIGINS]:
+    if not request.app[SERVICES].settings.server.cors_origins:
         return
     # Also where the origin is not listed, or there is none: a cache must not hand this answer to a page.
     vary = response.headers.get("Vary")
@@ -48,4 +46,4 @@ async def allow_origin(request: web.Request, response: web.StreamResponse) -> No
 
 def _listed_origin(request: web.Request) -> str | None:
     origin = request.headers.get("Origin")
-    return origin if origin in request.app[CORS_ORIGINS] else None
+    return origin if origin in request.app[SERVICES].settings.server.cors_origins else None

@@ -7,11 +7,11 @@ from exportd.db.statistics import find_statistics
 from exportd.domain.permission import may_see
 from exportd.domain.sizes import LOWER_BOUNDS, SIZE_RANGES
 from exportd.domain.statistics import DownloadStatistics
-from exportd.web.downloads.handler import LEDGER
-from exportd.web.edge.access import DATABASE, authenticate, refuse, requested_job_id
+from exportd.web.edge.access import authenticate, refuse, requested_job_id
 from exportd.web.edge.errors import JobNotFound
 from exportd.web.openapi import operations
 from exportd.web.openapi.document import documented
+from exportd.web.services import SERVICES
 
 
 @documented(operations.STATISTICS)
@@ -19,8 +19,8 @@ async def download_statistics(request: web.Request) -> web.Response:
     """How a job's package was downloaded, for its creator or an admin."""
     job_id = requested_job_id(request)
     principal = await authenticate(request)
-    await request.app[LEDGER].settle(job_id)
-    statistics = await find_statistics(request.app[DATABASE], job_id, LOWER_BOUNDS)
+    await request.app[SERVICES].ledger.settle(job_id)
+    statistics = await find_statistics(request.app[SERVICES].database, job_id, LOWER_BOUNDS)
     if statistics is None:
         raise JobNotFound
     assert statistics.user_id is not None

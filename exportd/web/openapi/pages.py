@@ -7,6 +7,7 @@ from aiohttp import web
 
 from exportd.web.openapi.document import SWAGGER_FOLDER, describe_api
 from exportd.web.pages.assets import Assets, make_asset, send_asset
+from exportd.web.services import SERVICES
 
 _OWN_FOLDER = Path(__file__).parent / "swagger"
 _DOCUMENT = "swagger.json"
@@ -24,9 +25,6 @@ _HEADERS = {
 }
 
 
-API_DOCS = web.AppKey("api_docs", Assets)
-
-
 def load_api_docs(router: web.UrlDispatcher) -> Assets:
     """Everything that ``/api-docs`` serves, by name; the document is of the router as it is now.
 
@@ -38,9 +36,9 @@ def load_api_docs(router: web.UrlDispatcher) -> Assets:
 
 async def show_api_docs(request: web.Request) -> web.StreamResponse:
     """Swagger UI's page."""
-    return await send_asset(request, request.app[API_DOCS], _PAGE, _HEADERS)
+    return await send_asset(request, request.app[SERVICES].api_docs, _PAGE, _HEADERS)
 
 
 async def show_api_docs_asset(request: web.Request) -> web.StreamResponse:
     """The document, and what the page is made of."""
-    return await send_asset(request, request.app[API_DOCS], request.match_info["name"], _HEADERS)
+    return await send_asset(request, request.app[SERVICES].api_docs, request.match_info["name"], _HEADERS)

@@ -3,100 +3,39 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator
 
 from aiohttp import web
 
-from exportd.db.jobs import sum_packages
-from exportd.db.pool import Database, DatabaseUnavailable
-from exportd.http.forwarded import Network, parse_address
+from exportd.http.forwarded import parse_address
 from exportd.telemetry.lag import watch_lag
 from exportd.telemetry.metrics import CONTENT_TYPE
-from exportd.web.downloads.handler import LEDGER
-from exportd.web.edge.access import DATABASE
-from exportd.web.edge.boundary import METRICS, RECEIVED_AT
+from exportd.web.edge.context import CLIENT, RECEIVED_AT
 from exportd.web.edge.errors import RouteNotFound
-from exportd.web.edge.limits import CLIENT
 from exportd.web.openapi import operations
 from exportd.web.openapi.document import documented
+from exportd.web.services import SERVICES, Services
 
 _FLUSH_SECONDS = 1.0
 # The system is asked less often: it lists every descriptor of the process.
 _FLUSHES_BETWEEN_MEASUREMENTS = 5
-# How long a scrape waits for the database.
-_PATIENCE_SECONDS = 2.0
-# The sums read the whole table.
-_SUMS_KEPT_SECONDS = 60.0
-
-
-class DatabaseProbe:
-    """Whether the database answers, and the sums over its jobs, looked at when somebody asks.
-
-    A statement is never cancelled, which would cost its connection: one that is slow is left to end, and a
-    new one begins only then.
-    """
-
-    def __init__(self, database: Database) -> None:
-        self.is_up = False
-        self.packages: dict[str, tuple[int, int]] | None = None
-        self._database = database
-        self._ping: asyncio.Task[bool] | None = None
-        self._sums: asyncio.Task[None] | None = None
-        self._sums_begun_at = float("-inf")
-
-    async def look(self) -> None:
-        """Brings both up to date, as far as that takes two seconds at most."""
-        if self._ping is None:
-            self._ping = asyncio.create_task(self._answers())
-        now = time.monotonic()
-        if self._sums is None and now - self._sums_begun_at >= _SUMS_KEPT_SECONDS:
-            self._sums_begun_at = now
-            self._sums = asyncio.create_task(self._sum())
-        under_way = [task for task in (self._ping, self._sums) if task is not None]
-        await asyncio.wait(under_way, timeout=_PATIENCE_SECONDS)
-        self.is_up = False
-        if self._ping.done():
-            self.is_up, self._ping = self._ping.result(), None
-        if self._sums is not None and self._sums.done():
-            sums, self._sums = self._sums, None
-            sums.result()
-
-    def close(self) -> None:
-        """Gives up on what is under way."""
-        for task in (self._ping, self._sums):
-            if task is not None:
-                task.cancel()
-
-    async def _answers(self) -> bool:
-        try:
-            await self._database.fetch_one("SELECT 1")
-        except DatabaseUnavailable:
-            return False
-        return True
-
-    async def _sum(self) -> None:
-        try:
-            self.packages = await sum_packages(self._database)
-        except DatabaseUnavailable:
-            self.packages = None
-
-
-# Who may read them.
-METRICS_FROM = web.AppKey("metrics_from", Collection[Network])
-PROBE = web.AppKey("database_probe", DatabaseProbe)
 
 
 @documented(operations.METRICS)
 async def metrics(request: web.Request) -> web.Response:
-    """All metrics of all processes, as Prometheus reads them, for those who may. Raises RouteNotFound."""
+    """All metrics of all processes, as Prometheus reads them, for clients in ``metrics_from``.
+
+    Raises RouteNotFound for other clients.
+    """
+    services = request.app[SERVICES]
     client = parse_address(request[CLIENT])
-    if client is None or not any(client in network for network in request.app[METRICS_FROM]):
+    if client is None or not any(client in network for network in services.metrics_from):
         raise RouteNotFound
-    probe = request.app[PROBE]
+    probe = services.database_probe
     await probe.look()
-    _flush(request.app)
+    _flush(services)
     body = await asyncio.to_thread(
-        request.app[METRICS].exposition,
+        services.metrics.exposition,
         database_is_up=probe.is_up,
         packages=probe.packages if probe.is_up else None,
     )
@@ -104,44 +43,47 @@ async def metrics(request: web.Request) -> web.Response:
 
 
 async def count_answer(request: web.Request, response: web.StreamResponse) -> None:
-    """A response signal: notes the answer as its headers go out. A download's end is noted elsewhere."""
+    """A response signal: counts the response when its headers are sent."""
     received_at = request.get(RECEIVED_AT)
     if received_at is None:
-        return  # refused before it came to the edge
+        return  # rejected before the middleware
     route = request.match_info.route.name or "none"
-    request.app[METRICS].request_answered(route, response.status, time.perf_counter() - received_at)
+    seconds = time.perf_counter() - received_at
+    request.app[SERVICES].metrics.request_answered(route, response.status, seconds)
 
 
-async def measure(app: web.Application) -> AsyncIterator[None]:
-    """Measures the process and its loop while the application runs. Needs the database and the ledger."""
-    app[PROBE] = DatabaseProbe(app[DATABASE])
+@contextlib.asynccontextmanager
+async def measured(services: Services) -> AsyncIterator[None]:
+    """Measures the process and its event loop while the block runs."""
     tasks = [
-        asyncio.create_task(watch_lag(app[METRICS].loop_was_late)),
-        asyncio.create_task(_keep_flushed(app)),
+        asyncio.create_task(watch_lag(services.metrics.loop_was_late)),
+        asyncio.create_task(_keep_flushed(services)),
     ]
-    yield
-    app[PROBE].close()
-    for task in tasks:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
-    # A process that ends leaves its counts to those that stay.
-    _flush(app)
+    try:
+        yield
+    finally:
+        services.database_probe.close()
+        for task in tasks:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        # A process that ends leaves its counts to the remaining processes.
+        _flush(services)
 
 
-async def _keep_flushed(app: web.Application) -> None:
+async def _keep_flushed(services: Services) -> None:
     while True:
-        await asyncio.to_thread(app[METRICS].measure_process)
+        await asyncio.to_thread(services.metrics.measure_process)
         for _ in range(_FLUSHES_BETWEEN_MEASUREMENTS):
-            _flush(app)
+            _flush(services)
             await asyncio.sleep(_FLUSH_SECONDS)
 
 
-def _flush(app: web.Application) -> None:
-    pool = app[DATABASE].pool_use
-    app[METRICS].flush(
-        waiting_events=app[LEDGER].waiting,
-        spooled_events=app[LEDGER].spooled,
+def _flush(services: Services) -> None:
+    pool = services.database.pool_use
+    services.metrics.flush(
+        waiting_events=services.ledger.waiting,
+        spooled_events=services.ledger.spooled,
         pool_in_use=pool.in_use,
         pool_idle=pool.idle,
         pool_limit=pool.limit,

@@ -6,6 +6,7 @@ from pathlib import Path
 from aiohttp import web
 
 from exportd.web.pages.assets import CONTENT_TYPES, Assets, make_asset, send_asset
+from exportd.web.services import SERVICES
 
 _FOLDER = Path(__file__).parent / "static"
 _PAGE = "index.html"
@@ -17,8 +18,6 @@ _POLICY = (
 )
 # They hold no secret, and module scripts of another origin come by CORS alone.
 _FOR_EVERYBODY = {"Access-Control-Allow-Origin": "*", "Cross-Origin-Resource-Policy": "cross-origin"}
-
-PAGE_FILES = web.AppKey("page_files", Assets)
 
 
 def load_page(base_path: str) -> Assets:
@@ -35,9 +34,9 @@ def load_page(base_path: str) -> Assets:
 
 async def show_page(request: web.Request) -> web.StreamResponse:
     """The page."""
-    return await send_asset(request, request.app[PAGE_FILES], _PAGE, {"Content-Security-Policy": _POLICY})
+    return await send_asset(request, request.app[SERVICES].page, _PAGE, {"Content-Security-Policy": _POLICY})
 
 
 async def show_page_file(request: web.Request) -> web.StreamResponse:
     """A script or style sheet of the page, or of the component in a page of any origin."""
-    return await send_asset(request, request.app[PAGE_FILES], request.match_info["name"], _FOR_EVERYBODY)
+    return await send_asset(request, request.app[SERVICES].page, request.match_info["name"], _FOR_EVERYBODY)
