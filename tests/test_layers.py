@@ -45,7 +45,7 @@ DOORS = {
     "psutil": {"db/embedded.py", "jobs/verify.py"},
     "isal": {"archive/pack.py", "archive/check.py"},
     "uvloop": {"process/runner.py"},
-    "gunicorn": {"process/runner.py"},
+    "gunicorn": {"process/workers.py"},
     "click": {f"cli/{name}.py" for name in ("main", "common", "serve", "publish", "admin", "demo")},
     "pydantic": {"settings.py"},
     "prometheus_client": {"telemetry/metrics.py"},

@@ -29,6 +29,7 @@ def demo(config_file: Path | None) -> None:
 
     from exportd.app import make_app
     from exportd.archive.source import open_source
+    from exportd.jobs.publish import Publication
     from exportd.settings import load_settings
 
     exports = load_settings(config_file, os.environ).data_dir / "demo-exports"
@@ -40,10 +41,11 @@ def demo(config_file: Path | None) -> None:
     }
     settings = load_settings(config_file, environ)
     log_to_stdout(settings)
+    publication = Publication("alice", "Sample Export", settings.retention.days)
     with migrated_database(settings) as dsn:
         sample = _write_sample(exports / "sample-export")
         with open_source(sample) as source:
-            published = publish_package(settings, dsn, source, "alice", "Sample Export", None, lambda _: None)
+            published = publish_package(settings, dsn, source, publication, lambda _: None)
         run(_request_sample(settings, dsn, sample))
         run_server(
             settings,

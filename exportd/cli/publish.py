@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from exportd.archive.pack import DraftPackage, Progress
     from exportd.archive.source import Source
+    from exportd.jobs.publish import Publication
     from exportd.settings import Settings
 
 
@@ -38,6 +39,7 @@ def publish(
     import orjson
 
     from exportd.archive.source import open_source
+    from exportd.jobs.publish import Publication
 
     settings = quiet_settings(config_file)
     if not user_id.strip() or "\0" in user_id + tool_name:
@@ -45,20 +47,15 @@ def publish(
     with open_source(path) as source:
         total = source.measure()
         with migrated_database(settings) as dsn, _progress_bar(total) as progress:
-            result = publish_package(settings, dsn, source, user_id, tool_name, retention_days, progress)
+            publication = Publication(user_id, tool_name, retention_days or settings.retention.days)
+            result = publish_package(settings, dsn, source, publication, progress)
     click.echo(orjson.dumps(result).decode())
 
 
 def publish_package(
-    settings: Settings,
-    dsn: str,
-    source: Source,
-    user_id: str,
-    tool_name: str,
-    retention_days: int | None,
-    progress: Progress,
+    settings: Settings, dsn: str, source: Source, publication: Publication, progress: Progress
 ) -> dict[str, Any]:
-    """Packs ``source``, places the package and records its job; returns what the command prints.
+    """Packs ``source``, places the package and records its job. Returns what the command prints.
 
     Raises OperatorError.
     """
@@ -67,7 +64,6 @@ def publish_package(
     from exportd.archive.pack import draft_package
 
     job_id = uuid.uuid4()
-    days = retention_days or settings.retention.days
     run(_open_storage(settings, dsn))
     with _signals_deferred() as handle_signals:
 
@@ -76,28 +72,14 @@ def publish_package(
             progress(count)
 
         with draft_package(source, settings.storage_root, job_id, report) as draft:
-            return _place(settings, dsn, draft, job_id, user_id, tool_name, days)
-
-
-def _place(
-    settings: Settings,
-    dsn: str,
-    draft: DraftPackage,
-    job_id: uuid.UUID,
-    user_id: str,
-    tool_name: str,
-    days: int,
-) -> dict[str, Any]:
-    draft.place()
-    expires_at = run(_record(settings, dsn, draft, job_id, user_id, tool_name, days))
-    draft.keep()
-    return {
-        "jobId": job_id,
-        "packagePath": draft.path,
-        "packageSizeBytes": draft.size_bytes,
-        "sha256": draft.sha256,
-        "expiresAt": expires_at,
-    }
+            expires_at = run(_place(settings, dsn, draft, job_id, publication))
+            return {
+                "jobId": job_id,
+                "packagePath": draft.path,
+                "packageSizeBytes": draft.size_bytes,
+                "sha256": draft.sha256,
+                "expiresAt": expires_at,
+            }
 
 
 async def _open_storage(settings: Settings, dsn: str) -> None:
@@ -107,37 +89,13 @@ async def _open_storage(settings: Settings, dsn: str) -> None:
         await open_storage(settings, database)
 
 
-async def _record(
-    settings: Settings,
-    dsn: str,
-    draft: DraftPackage,
-    job_id: uuid.UUID,
-    user_id: str,
-    tool_name: str,
-    retention_days: int,
+async def _place(
+    settings: Settings, dsn: str, draft: DraftPackage, job_id: uuid.UUID, publication: Publication
 ) -> datetime:
-    from exportd.db.jobs import record_completed_job
-    from exportd.db.pool import DatabaseUnavailable
+    from exportd.jobs.publish import place_and_record
 
     async with connected(settings, dsn) as database:
-        try:
-            return await record_completed_job(
-                database,
-                job_id=job_id,
-                user_id=user_id,
-                tool_name=tool_name,
-                package_path=draft.path,
-                package_size_bytes=draft.size_bytes,
-                package_sha256=draft.sha256,
-                retention_days=retention_days,
-            )
-        except DatabaseUnavailable as error:
-            # The row may have been written before the answer was lost. A package without a row wastes space;
-            # a row without its package is a lie.
-            draft.keep()
-            raise DatabaseUnavailable(
-                f"{error}; whether job {job_id} was recorded is unknown, so its package {draft.path} was kept"
-            ) from error
+        return await place_and_record(database, draft, job_id, publication)
 
 
 @contextlib.contextmanager

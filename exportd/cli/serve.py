@@ -15,7 +15,8 @@ from exportd.cli.common import config_option, connected, log_to_stdout, migrated
 if TYPE_CHECKING:
     import uuid
 
-    from exportd.process.runner import Companion, MakeApp
+    from exportd.process.companion import Companion
+    from exportd.process.runner import MakeApp
     from exportd.settings import Key, Settings
 
 
@@ -103,7 +104,7 @@ async def _pack(settings: Settings, dsn: str, packer_id: uuid.UUID) -> None:
 
 def packer_beside(config_file: Path | None, environ: Mapping[str, str]) -> Companion:
     """A packer that runs beside the daemon, with its settings but for the keys to tokens."""
-    from exportd.process.runner import Companion
+    from exportd.process.companion import Companion
     from exportd.settings import child_environment
 
     config = ("--config", str(config_file)) if config_file else ()

@@ -29,7 +29,7 @@ from exportd.counting.record import (
 )
 from exportd.counting.spool import Spool
 from exportd.db.batcher import Gatherer, Observe
-from exportd.db.pool import Database, DatabaseRefused, DatabaseUnavailable, ValueRefused
+from exportd.db.pool import Database, DatabaseError, DatabaseUnavailable, ValueRefused
 from exportd.domain.delivery import DownloadEvent, Outcome
 
 log = structlog.get_logger()
@@ -297,7 +297,7 @@ class DownloadLedger:
         """The first event of a job by itself, in all the time that a statement may take."""
         event = next((event for event in await spool.waiting() if event.job_id == job_id), None)
         if event is not None:
-            with contextlib.suppress(DatabaseUnavailable, DatabaseRefused):
+            with contextlib.suppress(DatabaseError):
                 await self._write_to_database([event])
                 await spool.written([event])
 
@@ -326,7 +326,7 @@ class DownloadLedger:
             group = events[start : start + LARGEST_GROUP]
             try:
                 await self._write_to_database(group)
-            except (DatabaseUnavailable, DatabaseRefused) as error:
+            except DatabaseError as error:
                 with contextlib.suppress(OSError):
                     await self._spool.append(group)
                 if isinstance(error, DatabaseUnavailable):
@@ -400,7 +400,7 @@ def _discard(sets: dict[UUID, set[Item]], job_id: UUID, item: Item) -> None:
 
 def _explain(error: BaseException) -> dict[str, object]:
     """For a log line; what was not foreseen with its traceback."""
-    is_foreseen = isinstance(error, DatabaseUnavailable | DatabaseRefused | TimeoutError)
+    is_foreseen = isinstance(error, DatabaseError | TimeoutError)
     return {"error": str(error) or "no answer in time"} | ({} if is_foreseen else {"exc_info": error})
 
 

@@ -365,7 +365,7 @@ def one_statement() -> Callable[[DownloadEvent], bool]:
 async def record_downloads(database: Database, events: Sequence[DownloadEvent]) -> None:
     """Writes events that have ended and counts them, one after the other, in one transaction. No id twice.
 
-    Idempotent by ``event_id``. Raises DatabaseUnavailable and DatabaseRefused.
+    Idempotent by ``event_id``. Raises DatabaseError.
     """
     if events:
         columns = _columns(events)

@@ -4,6 +4,7 @@ Every column is cast on reading: an application's own table may hold an enum for
 the user, or times without a zone.
 """
 
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from uuid import UUID
 
@@ -97,33 +98,25 @@ async def sum_packages(database: Database) -> dict[str, tuple[int, int]]:
     return {state: found.get(state, (0, 0)) for state in _PACKAGE_STATES}
 
 
-async def record_completed_job(
-    database: Database,
-    *,
-    job_id: UUID,
-    user_id: str,
-    tool_name: str,
-    package_path: str,
-    package_size_bytes: int,
-    package_sha256: str,
-    retention_days: int,
-) -> datetime:
-    """Records a job that is complete from the start and returns when its package expires.
+@dataclass(frozen=True, slots=True)
+class CompletedJob:
+    """A job that is complete from the start."""
+
+    job_id: UUID
+    user_id: str
+    tool_name: str
+    package_path: str
+    package_size_bytes: int
+    package_sha256: str
+    retention_days: int
+
+
+async def record_completed_job(database: Database, job: CompletedJob) -> datetime:
+    """Records the job and returns when its package expires.
 
     Idempotent by ``job_id``. Raises DatabaseUnavailable.
     """
-    row = await database.fetch_one(
-        _RECORD_COMPLETED,
-        {
-            "job_id": job_id,
-            "user_id": user_id,
-            "tool_name": tool_name,
-            "package_path": package_path,
-            "package_size_bytes": package_size_bytes,
-            "package_sha256": package_sha256,
-            "retention_days": retention_days,
-        },
-    )
+    row = await database.fetch_one(_RECORD_COMPLETED, asdict(job))
     assert row is not None
     expires_at: datetime = row[0]
     return expires_at

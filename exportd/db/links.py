@@ -6,6 +6,8 @@ from uuid import UUID
 
 from exportd.db.pool import Database
 from exportd.domain.job import Job
+from exportd.domain.principal import Principal
+from exportd.settings import LinkSettings
 
 # Of one user to one package. Nobody needs as many; who makes more loses the oldest.
 _MOST_LINKS = 100
@@ -85,12 +87,11 @@ async def make_link(
     database: Database,
     ticket_sha256: bytes,
     job: Job,
-    user_id: str,
-    is_admin: bool,
-    start_seconds: float,
-    resume_seconds: float,
+    principal: Principal,
+    settings: LinkSettings,
 ) -> tuple[datetime, datetime]:
-    """Records a link to the job's present package; until when it starts and resumes downloads.
+    """Records a link to the job's present package. Returns until when it starts, and until when it resumes,
+    downloads.
 
     Idempotent by ``ticket_sha256``. Raises DatabaseUnavailable.
     """
@@ -100,11 +101,11 @@ async def make_link(
             "ticket_sha256": ticket_sha256,
             "most_others": _MOST_LINKS - 1,
             "job_id": job.job_id,
-            "user_id": user_id,
-            "is_admin": is_admin,
+            "user_id": principal.user_id,
+            "is_admin": principal.is_admin,
             "package_sha256": job.package_sha256,
-            "start_seconds": start_seconds,
-            "resume_seconds": resume_seconds,
+            "start_seconds": settings.start_seconds,
+            "resume_seconds": settings.resume_seconds,
         },
     )
     assert row is not None

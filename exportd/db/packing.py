@@ -113,7 +113,7 @@ class PackingJob:
 async def take_job(database: Database, packer_id: UUID) -> PackingJob | None:
     """The job that the packer holds; if none, it takes the oldest that waits. None: nothing waits.
 
-    Raises DatabaseUnavailable and DatabaseRefused.
+    Raises DatabaseError.
     """
     await database.fetch_all(TAKE_JOB, {"packer_id": packer_id})
     row = await database.fetch_one(_FIND_OWN, (packer_id,))
@@ -142,7 +142,7 @@ async def hold_job(session: Session, job: PackingJob, packer_id: UUID) -> bool:
 async def complete_job(
     session: Session, job: PackingJob, packer_id: UUID, *, path: str, size_bytes: int, sha256: str
 ) -> None:
-    """The job has its package. Raises DatabaseUnavailable and DatabaseRefused."""
+    """The job has its package. Raises DatabaseError."""
     await session.fetch_all(
         _COMPLETE,
         {

@@ -29,17 +29,21 @@ _SERVER_GRACE_SECONDS = 1.0
 _CLOSING_SECONDS = 5.0
 
 
-class DatabaseUnavailable(OperatorError):
+class DatabaseError(OperatorError):
+    """A statement failed."""
+
+
+class DatabaseUnavailable(DatabaseError):
     """The database cannot be reached, or took too long."""
 
 
-class DatabaseRefused(OperatorError):
-    """The database answers and refuses a statement, or holds what cannot be read, until somebody changes it:
-    it may be read-only for a while, or lack a table or a right."""
+class DatabaseRefused(DatabaseError):
+    """The database rejects a statement, or holds a value that cannot be read, until somebody changes that. It
+    may be read-only, or lack a table or a right."""
 
 
 class ValueRefused(DatabaseRefused):
-    """The database refuses what was to be written, however often it is tried."""
+    """The database rejects a value. Retrying does not help."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +66,7 @@ class Database:
         """Runs one statement and returns its rows.
 
         The statement must be a read, or idempotent: it is sent a second time when the connection broke.
-        Raises DatabaseUnavailable and DatabaseRefused.
+        Raises DatabaseError.
         """
         try:
             return await self._run(statement, parameters)
@@ -141,7 +145,7 @@ class Session:
         self._statement_timeout_seconds = statement_timeout_seconds
 
     async def fetch_all(self, statement: str, parameters: Parameters = ()) -> list[tuple[Any, ...]]:
-        """Runs one statement and returns its rows. Raises DatabaseUnavailable and DatabaseRefused."""
+        """Runs one statement and returns its rows. Raises DatabaseError."""
         with _broken_is_unavailable(), _translated():
             return await _execute(self._connection, statement, parameters, self._statement_timeout_seconds)
 

@@ -32,7 +32,7 @@ from exportd.db.expiry import (
     take_expired,
 )
 from exportd.db.links import prune_links
-from exportd.db.pool import Database, DatabaseRefused, DatabaseUnavailable, Session
+from exportd.db.pool import Database, DatabaseError, Session
 from exportd.errors import OperatorError
 from exportd.storage.files import PackageMissing, PackageStore, PackageUnusable
 
@@ -89,7 +89,7 @@ class Cleanup:
         """Deletes expired packages and old events, logs one line and records the run.
 
         ``due_at`` tells the last scheduled time before another one: where a run has started since then,
-        nothing is done. None: nothing was done. Raises CleanupRefused, DatabaseUnavailable, DatabaseRefused.
+        nothing is done. None: nothing was done. Raises CleanupRefused, DatabaseError.
         """
         if not self.store.is_marked():
             raise CleanupRefused(
@@ -119,7 +119,7 @@ class Cleanup:
         return summary
 
     async def look(self) -> CleanupSummary:
-        """What ``run`` would do to packages. Raises DatabaseUnavailable and DatabaseRefused."""
+        """What ``run`` would do to packages. Raises DatabaseError."""
         summary, last = CleanupSummary(), None
         while packages := await take_expired(self.database, last, _BATCH, self.grace, lock=False):
             last = packages[-1]
@@ -135,7 +135,7 @@ class Cleanup:
             await self.run(due_at=due_at)
         except CleanupRefused as error:
             log.error("cleanup_refused", reason=str(error))
-        except (DatabaseUnavailable, DatabaseRefused) as error:
+        except DatabaseError as error:
             log.error("cleanup_failed", error=str(error))
         except Exception:  # the edge of a task that nobody waits for
             log.exception("cleanup_failed")
@@ -194,7 +194,7 @@ async def find_orphans(
 ) -> Orphans:
     """Files in the storage that no job points to and nobody has touched for so long.
 
-    Raises CleanupRefused, OSError, DatabaseUnavailable and DatabaseRefused.
+    Raises CleanupRefused, OSError, DatabaseError.
     """
     if not store.is_marked():
         raise CleanupRefused(f"the storage root {store.root} has no file .exportd-storage: is it mounted?")

@@ -18,7 +18,7 @@ from exportd.db.job_details import (
     find_details_in_progress,
     find_running_downloads,
 )
-from exportd.db.pool import Database, DatabaseRefused, DatabaseUnavailable
+from exportd.db.pool import Database, DatabaseError
 from exportd.domain.delivery import DownloadEvent
 
 log = structlog.get_logger()
@@ -69,7 +69,7 @@ class JobHub:
             await self._is_watched.wait()
             try:
                 await self.look(self._watches)
-            except (DatabaseUnavailable, DatabaseRefused) as error:
+            except DatabaseError as error:
                 # Readers keep what they have; it goes on when the database is back.
                 log.warning("job_events_delayed", error=str(error))
             await asyncio.sleep(_LOOK_SECONDS)

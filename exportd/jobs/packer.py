@@ -31,7 +31,7 @@ from exportd.db.packing import (
     retry_job,
     take_job,
 )
-from exportd.db.pool import Database, DatabaseRefused, DatabaseUnavailable
+from exportd.db.pool import Database, DatabaseError, DatabaseUnavailable
 
 log = structlog.get_logger()
 
@@ -102,11 +102,11 @@ class Packer:
                         await release_jobs(self._database, self._id)
                         is_released = True
                     await self._pack_and_listen()
-                except (DatabaseUnavailable, DatabaseRefused) as error:
+                except DatabaseError as error:
                     log.error("packer_without_database", error=str(error))
                     await asyncio.sleep(self._poll_seconds)
         finally:
-            with contextlib.suppress(DatabaseUnavailable, DatabaseRefused):
+            with contextlib.suppress(DatabaseError):
                 await give_back_jobs(self._database, self._id)
             log.info("packer_stopped")
 

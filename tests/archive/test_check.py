@@ -132,7 +132,7 @@ def checks_of(parent: int) -> list[int]:
                 status = (folder / "status").read_text()
             except OSError:
                 continue
-            if b"packages/check.py" in command and f"PPid:\t{parent}\n" in status:
+            if b"archive/check.py" in command and f"PPid:\t{parent}\n" in status:
                 found.append(int(folder.name))
     return found
 

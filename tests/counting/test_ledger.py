@@ -17,7 +17,7 @@ import structlog
 from exportd.counting.ledger import DownloadLedger, open_ledger
 from exportd.counting.record import checkpoint_downloads, record_downloads
 from exportd.counting.spool import Spool
-from exportd.db.jobs import JobFinder, record_completed_job
+from exportd.db.jobs import CompletedJob, JobFinder, record_completed_job
 from exportd.db.migrate import migrate_up
 from exportd.db.pool import Database, DatabaseUnavailable, open_database
 from exportd.db.statistics import find_statistics
@@ -40,16 +40,8 @@ async def completed_job(
     database: Database, job_id: uuid.UUID | None = None, days: int = 30
 ) -> tuple[uuid.UUID, datetime]:
     job_id = job_id or uuid.uuid4()
-    expires_at = await record_completed_job(
-        database,
-        job_id=job_id,
-        user_id="ann",
-        tool_name="Form",
-        package_path="a.tar.gz",
-        package_size_bytes=1000,
-        package_sha256=DIGEST,
-        retention_days=days,
-    )
+    job = CompletedJob(job_id, "ann", "Form", "a.tar.gz", 1000, DIGEST, days)
+    expires_at = await record_completed_job(database, job)
     return job_id, expires_at
 
 

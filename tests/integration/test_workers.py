@@ -160,7 +160,7 @@ def test_workers_that_have_hardly_begun_hear_that_they_shall_stop(exportd: Expor
 
 _FORK_BESIDE_A_COMPANION = """
 import os, signal, sys, threading, time
-from exportd.process import runner as server
+from exportd.process import companion
 
 ends = 0
 
@@ -169,10 +169,10 @@ class Log:
         global ends
         ends += 1
 
-server.log = Log()
-server._FIRST_RESTART_SECONDS = 0
+companion.log = Log()
+companion._FIRST_RESTART_SECONDS = 0
 workers = []
-with server._accompanied(server.Companion(["true"], os.environ)):
+with companion.Companion(["true"], os.environ):
     for _ in range(300):
         if not (pid := os.fork()):
             signal.pause()

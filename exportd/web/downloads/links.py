@@ -37,15 +37,9 @@ async def make_download_link(request: web.Request) -> web.Response:
     with limiter.delivery(principal, job_id):
         pass
     ticket = secrets.token_urlsafe(_TICKET_BYTES)
-    options = request.app[SERVICES].settings.links
+    services = request.app[SERVICES]
     start_until, resume_until = await make_link(
-        request.app[SERVICES].database,
-        ticket_digest(ticket),
-        job,
-        principal.user_id,
-        principal.is_admin,
-        options.start_seconds,
-        options.resume_seconds,
+        services.database, ticket_digest(ticket), job, principal, services.settings.links
     )
     log.info("download_link_made", expires_at=start_until.isoformat(), resume_until=resume_until.isoformat())
     document = {
