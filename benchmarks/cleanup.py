@@ -6,7 +6,7 @@ from benchmarks.report import Section
 from benchmarks.servers import Server
 
 ALONE_SECONDS = 4
-LONGEST_SECONDS = 120
+MAX_SECONDS = 120
 
 _EXPIRE = """
 INSERT INTO export_jobs (job_id, user_id, status, package_path, package_size_bytes, package_expires_at)
@@ -46,9 +46,9 @@ def _beside(bench: Bench, server: Server, targets: list[load.Target], count: int
     wait_until(lambda: sum(file.exists() for file in files[:100]) < 100)
     with (
         server.counting(bench) as counted,
-        load.storming(targets, server.folder, connections=1, seconds=LONGEST_SECONDS) as process,
+        load.storming(targets, server.folder, connections=1, seconds=MAX_SECONDS) as process,
     ):
-        wait_until(lambda: bench.query(_LEFT) == [(0,)], LONGEST_SECONDS)
+        wait_until(lambda: bench.query(_LEFT) == [(0,)], MAX_SECONDS)
         storm = load.end_early(process)
         counted.completed, counted.cut = storm.requests, 1
     bench.query("DELETE FROM export_jobs WHERE package_deleted_at IS NOT NULL")

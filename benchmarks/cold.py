@@ -12,7 +12,7 @@ from benchmarks.servers import Server
 DOWNLOADS = 8
 # Enough for a p99 of downloads that take a millisecond each.
 ALONE_SECONDS = 4
-LONGEST_SECONDS = 120
+MAX_SECONDS = 120
 
 
 def run(bench: Bench, section: Section) -> None:
@@ -62,7 +62,7 @@ def _measure_latency(bench: Bench, section: Section, large: list[Package]) -> No
                 cold = [server.target(package) for package in large]
                 with (
                     load.discarding(cold) as under_way,
-                    load.storming(targets, server.folder, connections=1, seconds=LONGEST_SECONDS) as process,
+                    load.storming(targets, server.folder, connections=1, seconds=MAX_SECONDS) as process,
                 ):
                     counted.completed += under_way.result(load.TIMEOUT_SECONDS).completed
                     storm = load.end_early(process)

@@ -144,12 +144,12 @@ def make_cleanup(
     )
 
 
-async def connect(settings: Settings, dsn: str, *, least_connections: int = 1) -> Database:
+async def connect(settings: Settings, dsn: str, *, min_connections: int = 1) -> Database:
     """A pool with the configured sizes and time limits. Raises DatabaseUnavailable."""
     return await open_database(
         dsn,
         pool_min_size=settings.database.pool_min_size,
-        pool_max_size=max(settings.database.pool_max_size, least_connections),
+        pool_max_size=max(settings.database.pool_max_size, min_connections),
         connect_timeout_seconds=settings.database.connect_timeout_seconds,
         statement_timeout_seconds=settings.database.statement_timeout_seconds,
     )

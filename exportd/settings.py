@@ -262,14 +262,14 @@ class DownloadSettings(_Section):
     max_rate_bytes_per_second: Annotated[int, Field(ge=0)] = 0
     total_rate_bytes_per_second: Annotated[int, Field(ge=0)] = 0
     stall_timeout_seconds: Seconds = 60.0
-    least_rate_bytes_per_second: Annotated[int, Field(ge=0)] = 1000
-    least_rate_window_seconds: Seconds = 60.0
+    min_rate_bytes_per_second: Annotated[int, Field(ge=0)] = 1000
+    min_rate_window_seconds: Seconds = 60.0
 
     @model_validator(mode="after")
     def _rates_in_order(self) -> Self:
         for name in ("max_rate_bytes_per_second", "total_rate_bytes_per_second"):
-            if 0 < getattr(self, name) < self.least_rate_bytes_per_second:
-                raise ValueError(f"{name} must not be less than least_rate_bytes_per_second")
+            if 0 < getattr(self, name) < self.min_rate_bytes_per_second:
+                raise ValueError(f"{name} must not be less than min_rate_bytes_per_second")
         return self
 
 

@@ -13,9 +13,9 @@ from exportd.auth.keys import UnusableKey, VerificationKey, parse_jwks
 log = structlog.get_logger()
 
 _FETCH_SECONDS = 5.0
-_LARGEST_DOCUMENT = 1024 * 1024
+_MAX_DOCUMENT_BYTES = 1024 * 1024
 # How often the keys are fetched at most, whatever unknown keys tokens name.
-_LEAST_INTERVAL_SECONDS = 30.0
+_MIN_INTERVAL_SECONDS = 30.0
 
 
 class RemoteKeys:
@@ -34,7 +34,7 @@ class RemoteKeys:
         self._refresh_seconds = refresh_seconds
         self._session: aiohttp.ClientSession | None = None
         self._fetching: asyncio.Task[None] | None = None
-        self._fetched_at = -_LEAST_INTERVAL_SECONDS
+        self._fetched_at = -_MIN_INTERVAL_SECONDS
 
     @contextlib.asynccontextmanager
     async def kept_fresh(self) -> AsyncIterator[None]:
@@ -57,7 +57,7 @@ class RemoteKeys:
     async def refresh(self) -> None:
         """Fetches the keys, unless that was done a moment ago; joins a fetch that is under way."""
         if self._fetching is None or self._fetching.done():
-            if time.monotonic() - self._fetched_at < _LEAST_INTERVAL_SECONDS:
+            if time.monotonic() - self._fetched_at < _MIN_INTERVAL_SECONDS:
                 return
             self._fetching = asyncio.create_task(self._fetch())
         # Whoever waits may leave; the others' fetch goes on.
@@ -65,7 +65,7 @@ class RemoteKeys:
 
     async def _refresh_for_ever(self) -> None:
         while True:
-            await asyncio.sleep(self._refresh_seconds if self.is_current else _LEAST_INTERVAL_SECONDS)
+            await asyncio.sleep(self._refresh_seconds if self.is_current else _MIN_INTERVAL_SECONDS)
             await self.refresh()
 
     async def _fetch(self) -> None:
@@ -78,7 +78,7 @@ class RemoteKeys:
                 document = b""
                 async for chunk in response.content.iter_any():
                     document += chunk
-                    if len(document) > _LARGEST_DOCUMENT:
+                    if len(document) > _MAX_DOCUMENT_BYTES:
                         raise UnusableKey("the answer is too large")
             keys = parse_jwks(document)
         except (aiohttp.ClientError, OSError, TimeoutError, UnusableKey) as error:

@@ -21,8 +21,8 @@ _EC_ALGORITHMS = {"secp256r1": "ES256", "secp384r1": "ES384", "secp521r1": "ES51
 # An HMAC key is at least as long as the hash (RFC 7518, section 3.2).
 HMAC_ALGORITHMS = {"HS256": 32, "HS384": 48, "HS512": 64}
 # RFC 7518, section 3.3; and a limit on what a verification may cost.
-_LEAST_RSA_BITS = 2048
-_MOST_RSA_BITS = 16384
+_MIN_RSA_BITS = 2048
+_MAX_RSA_BITS = 16384
 
 
 class UnusableKey(OperatorError):
@@ -107,10 +107,10 @@ def _parse_jwk(entry: dict[str, Any]) -> VerificationKey | None:
 def _algorithms_of(key: object) -> frozenset[str]:
     match key:
         case rsa.RSAPublicKey():
-            if key.key_size < _LEAST_RSA_BITS:
-                raise UnusableKey(f"an RSA key of fewer than {_LEAST_RSA_BITS} bits")
-            if key.key_size > _MOST_RSA_BITS:
-                raise UnusableKey(f"an RSA key of more than {_MOST_RSA_BITS} bits")
+            if key.key_size < _MIN_RSA_BITS:
+                raise UnusableKey(f"an RSA key of fewer than {_MIN_RSA_BITS} bits")
+            if key.key_size > _MAX_RSA_BITS:
+                raise UnusableKey(f"an RSA key of more than {_MAX_RSA_BITS} bits")
             return frozenset(_RSA_ALGORITHMS)
         case ec.EllipticCurvePublicKey() if key.curve.name in _EC_ALGORITHMS:
             return frozenset({_EC_ALGORITHMS[key.curve.name]})

@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 _SIGNING_ALGORITHM = "HS256"
 _SECRET_BYTES = 32
 # A user's id ends up in log lines, rows and headers; nobody's is longer.
-_LONGEST_USER_ID = 255
-_LONGEST_TOKEN = 16 * 1024
+_MAX_USER_ID_LENGTH = 255
+_MAX_TOKEN_LENGTH = 16 * 1024
 # In seconds since 1970; up to here every JSON parser reads whole numbers exactly.
 _MAX_TIME = 2**53
 # Verified tokens are remembered: a check costs as much as all the rest of the authentication.
-_MOST_REMEMBERED = 1024
+_MAX_REMEMBERED_TOKENS = 1024
 
 
 class InvalidToken(Exception):
@@ -112,14 +112,14 @@ class Tokens:
                 if self._remote.is_current:
                     raise
                 raise KeysUnavailable(str(error)) from error
-        if len(self._verified) >= _MOST_REMEMBERED:
+        if len(self._verified) >= _MAX_REMEMBERED_TOKENS:
             # Dictionaries keep their order: the one remembered longest goes.
             del self._verified[next(iter(self._verified))]
         self._verified[token] = principal
         return principal
 
     def _verify(self, token: str) -> Principal:
-        if len(token) > _LONGEST_TOKEN:
+        if len(token) > _MAX_TOKEN_LENGTH:
             raise InvalidToken("too long")
         try:
             header = jwt.get_unverified_header(token)
@@ -236,7 +236,7 @@ def _is_storable(user_id: str) -> bool:
         user_id.encode()
     except UnicodeEncodeError:
         return False
-    return 0 < len(user_id) <= _LONGEST_USER_ID and "\0" not in user_id
+    return 0 < len(user_id) <= _MAX_USER_ID_LENGTH and "\0" not in user_id
 
 
 def make_tokens(settings: AuthSettings, data_dir: Path, remote: RemoteKeys | None = None) -> Tokens:

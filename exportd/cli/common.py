@@ -36,11 +36,11 @@ def fail(*problems: str, status: int = 1) -> NoReturn:
 
 
 @contextlib.asynccontextmanager
-async def connected(settings: Settings, dsn: str, *, least_connections: int = 1) -> AsyncIterator[Database]:
+async def connected(settings: Settings, dsn: str, *, min_connections: int = 1) -> AsyncIterator[Database]:
     """A pool while the block lasts. Raises DatabaseUnavailable."""
     from exportd.app import connect
 
-    database = await connect(settings, dsn, least_connections=least_connections)
+    database = await connect(settings, dsn, min_connections=min_connections)
     try:
         yield database
     finally:

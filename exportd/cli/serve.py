@@ -90,7 +90,7 @@ async def _pack(settings: Settings, dsn: str, packer_id: uuid.UUID) -> None:
     from exportd.jobs.packer import Packer
 
     # One listens, one writes how far it is, one completes.
-    async with connected(settings, dsn, least_connections=3) as database:
+    async with connected(settings, dsn, min_connections=3) as database:
         await open_storage(settings, database)
         await Packer(
             database,

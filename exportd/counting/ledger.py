@@ -21,14 +21,14 @@ from uuid import UUID, uuid4
 import structlog
 
 from exportd.counting.record import (
-    LARGEST_GROUP,
+    MAX_BATCH_SIZE,
     checkpoint_downloads,
     find_lost,
     one_statement,
     record_downloads,
 )
 from exportd.counting.spool import Spool
-from exportd.db.batcher import Gatherer, Observe
+from exportd.db.batcher import Batcher, Observe
 from exportd.db.pool import Database, DatabaseError, DatabaseUnavailable, ValueRefused
 from exportd.domain.delivery import DownloadEvent, Outcome
 
@@ -39,7 +39,7 @@ _SPOOL_AFTER_SECONDS = 2.0
 # A delivery is written down when it has run this long, and again each time its age has grown by half, up to
 # the longest pause.
 _FIRST_CHECKPOINT_SECONDS = 1.0
-_LONGEST_PAUSE_SECONDS = 10.0
+_MAX_PAUSE_SECONDS = 10.0
 # How often the background work looks round.
 _TURN_SECONDS = 1.0
 # A delivery of another machine's daemon that was not heard of for this long is lost.
@@ -70,7 +70,7 @@ class _Running:
         self.due_at = self.began_at + _FIRST_CHECKPOINT_SECONDS
 
     def put_off(self, now: float) -> None:
-        self.due_at = now + min((now - self.began_at) / 2, _LONGEST_PAUSE_SECONDS)
+        self.due_at = now + min((now - self.began_at) / 2, _MAX_PAUSE_SECONDS)
 
     @property
     def is_sent(self) -> bool:
@@ -89,14 +89,14 @@ class DownloadLedger:
         self._database = database
         self._spool = spool
         self._folder = folder
-        self._gatherer: Gatherer[DownloadEvent, None] = Gatherer(
+        self._gatherer: Batcher[DownloadEvent, None] = Batcher(
             self._write, one_statement, at_once=1, observe=observe
         )
         # Of each job: its records under way, and its deliveries.
         self._recording: dict[UUID, set[asyncio.Future[None]]] = {}
         self._running: dict[UUID, set[_Running]] = {}
-        # Held while events go to the database, or behind others into the spool.
-        self._lane = asyncio.Lock()
+        # Held while events go to the database, or delayed others into the spool.
+        self._write_lock = asyncio.Lock()
         # Until a statement goes well again, everything goes to the spool.
         self._is_away = False
         # Of processes that have ended; and the files that could not be taken for such.
@@ -106,7 +106,7 @@ class DownloadLedger:
         self._told_at = float("-inf")
         self._looked_round = asyncio.Event()
         self._background = [
-            asyncio.create_task(self._repeat(self._look_round)),
+            asyncio.create_task(self._repeat(self._drain_spools)),
             asyncio.create_task(self._repeat(self._write_checkpoints)),
         ]
 
@@ -185,19 +185,19 @@ class DownloadLedger:
         await asyncio.gather(*self._background, return_exceptions=True)
         if recording := [future for futures in self._recording.values() for future in futures]:
             await asyncio.wait(recording)
-        for event in self._spool.homeless:
+        for event in self._spool.unsaved:
             log.error("download_not_recorded", **_describe(event))
         for spool in self._spools:
             spool.close()
 
     async def _write(self, events: list[DownloadEvent]) -> list[None]:
-        async with self._lane:
-            # What comes later of a job waits behind what is in the spool of it, so that the order is kept.
+        async with self._write_lock:
+            # What comes later of a job waits delayed what is in the spool of it, so that the order is kept.
             direct: list[DownloadEvent] = []
-            behind: list[DownloadEvent] = []
+            delayed: list[DownloadEvent] = []
             for event in events:
                 is_behind = self._is_away or any(event.job_id in spool.job_ids for spool in self._spools)
-                (behind if is_behind else direct).append(event)
+                (delayed if is_behind else direct).append(event)
             if direct:
                 try:
                     async with asyncio.timeout(_SPOOL_AFTER_SECONDS):
@@ -205,9 +205,9 @@ class DownloadLedger:
                 except Exception as error:  # noqa: BLE001  # whatever it is, no event may be lost
                     log.warning("events_spooled", count=len(direct), **_explain(error))
                     self._is_away = True
-                    behind = events
-            if behind:
-                await self._put_aside(behind)
+                    delayed = events
+            if delayed:
+                await self._put_aside(delayed)
         return [None] * len(events)
 
     async def _put_aside(self, events: Sequence[DownloadEvent]) -> None:
@@ -237,12 +237,12 @@ class DownloadLedger:
             try:
                 await work()
             except DatabaseUnavailable as error:
-                self._tell_not_drained(error)
+                self._log_not_drained(error)
             except Exception:  # the only task that would do it must go on
                 log.exception("ledger_background_failed")
             await asyncio.sleep(_TURN_SECONDS)
 
-    async def _look_round(self) -> None:
+    async def _drain_spools(self) -> None:
         try:
             for spool in self._spools:
                 await self._drain(spool)
@@ -260,14 +260,14 @@ class DownloadLedger:
         count = 0
         # Whose turn is not yet.
         earlier = itertools.takewhile(lambda other: other is not spool, self._spools)
-        held = {job_id for other in earlier for job_id in other.job_ids}
+        earlier_jobs = {job_id for other in earlier for job_id in other.job_ids}
         suspect: set[UUID] = set()
-        stuck: dict[UUID, BaseException] = {}
+        rejected: dict[UUID, BaseException] = {}
         while len(spool) > 0:
             # In the lane, so that the end of the spool comes in sight while others keep coming in.
-            async with self._lane:
-                waiting = [event for event in await spool.waiting() if event.job_id not in held]
-                group = _next_group(waiting, suspect, stuck)
+            async with self._write_lock:
+                waiting = [event for event in await spool.waiting() if event.job_id not in earlier_jobs]
+                group = _next_group(waiting, suspect, rejected)
                 if not group:
                     break
                 try:
@@ -283,15 +283,15 @@ class DownloadLedger:
             await self._check_answers()
             jobs = {event.job_id for event in group}
             if len(jobs) == 1:
-                stuck |= dict.fromkeys(jobs, failure)
+                rejected |= dict.fromkeys(jobs, failure)
             suspect |= jobs
         if count:
             of_whom = {} if spool is self._spool else {"daemon_id": str(spool.owner)}
             log.info("spool_replayed", count=count, **of_whom)
-        if stuck:
+        if rejected:
             self._is_away = False
-            self._tell_not_drained(next(iter(stuck.values())), list(stuck))
-            await self._try_one(spool, random.choice(list(stuck)))  # noqa: S311  # each comes in turn
+            self._log_not_drained(next(iter(rejected.values())), list(rejected))
+            await self._try_one(spool, random.choice(list(rejected)))  # noqa: S311  # each comes in turn
 
     async def _try_one(self, spool: Spool, job_id: UUID) -> None:
         """The first event of a job by itself, in all the time that a statement may take."""
@@ -309,7 +309,7 @@ class DownloadLedger:
         except TimeoutError as error:
             raise DatabaseUnavailable("no answer in time") from error
 
-    def _tell_not_drained(self, error: BaseException, job_ids: Sequence[UUID] = ()) -> None:
+    def _log_not_drained(self, error: BaseException, job_ids: Sequence[UUID] = ()) -> None:
         now = time.monotonic()
         if self.spooled and now - self._told_at >= _TELL_AGAIN_SECONDS:
             self._told_at = now
@@ -322,8 +322,8 @@ class DownloadLedger:
         events = [running.snapshot() for running in due]
         for running in due:
             running.put_off(now)
-        for start in range(0, len(events), LARGEST_GROUP):
-            group = events[start : start + LARGEST_GROUP]
+        for start in range(0, len(events), MAX_BATCH_SIZE):
+            group = events[start : start + MAX_BATCH_SIZE]
             try:
                 await self._write_to_database(group)
             except DatabaseError as error:
@@ -373,15 +373,15 @@ async def open_ledger(database: Database, folder: Path, observe: Observe = lambd
 
 
 def _next_group(
-    waiting: Sequence[DownloadEvent], suspect: Collection[UUID], stuck: Collection[UUID]
+    waiting: Sequence[DownloadEvent], suspect: Collection[UUID], rejected: Collection[UUID]
 ) -> list[DownloadEvent]:
-    """What one statement may take next: no job that is stuck, and one that is suspect only by itself."""
+    """What one statement may take next: no job that is rejected, and one that is suspect only by itself."""
     chosen = list(
-        itertools.islice((event for event in waiting if event.job_id not in suspect), LARGEST_GROUP)
+        itertools.islice((event for event in waiting if event.job_id not in suspect), MAX_BATCH_SIZE)
     )
     if not chosen:
-        alone = next((event.job_id for event in waiting if event.job_id not in stuck), None)
-        chosen = list(itertools.islice((event for event in waiting if event.job_id == alone), LARGEST_GROUP))
+        alone = next((event.job_id for event in waiting if event.job_id not in rejected), None)
+        chosen = list(itertools.islice((event for event in waiting if event.job_id == alone), MAX_BATCH_SIZE))
     if running := [event for event in chosen if event.outcome == Outcome.RUNNING]:
         return running
     may_join = one_statement()

@@ -336,9 +336,9 @@ SELECT count(*) FROM pruned
 """
 _PRUNED_AT_ONCE = 5000
 
-LARGEST_GROUP = 500
+MAX_BATCH_SIZE = 500
 # What one principal's partial deliveries may have of it: each is compared with each.
-_LARGEST_SHARE = 50
+_MAX_SHARE = 50
 
 
 def one_statement() -> Callable[[DownloadEvent], bool]:
@@ -351,7 +351,7 @@ def one_statement() -> Callable[[DownloadEvent], bool]:
 
     def may_join(event: DownloadEvent) -> bool:
         principal = (event.job_id, event.user_id)
-        is_full = len(taken) == LARGEST_GROUP or partial[principal] == _LARGEST_SHARE
+        is_full = len(taken) == MAX_BATCH_SIZE or partial[principal] == _MAX_SHARE
         if is_full or principal in behind or event.event_id in taken:
             behind.add(principal)
             return False

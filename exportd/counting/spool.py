@@ -148,7 +148,7 @@ class Spool:
                 self._waiting.clear()
 
     @property
-    def homeless(self) -> list[DownloadEvent]:
+    def unsaved(self) -> list[DownloadEvent]:
         """What waits in memory only."""
         return list(self._homeless.values())
 

@@ -18,23 +18,23 @@ Answer = TypeVar("Answer")
 Observe = Callable[[int, float, bool], None]
 
 
-class Gatherer(Generic[Item, Answer]):
+class Batcher(Generic[Item, Answer]):
     """Calls ``run`` with groups of items; it returns an answer for each, in order, or raises. A group that
     fails with anything but DatabaseUnavailable is tried again one by one.
 
-    ``fits`` makes, for each group, a judge of which items may still join it; what may not waits for the next
+    ``admission`` makes, for each group, a judge of which items may still join it; what may not waits for the next
     call. At most ``at_once`` calls are under way.
     """
 
     def __init__(
         self,
         run: Callable[[list[Item]], Awaitable[Sequence[Answer]]],
-        fits: Callable[[], Callable[[Item], bool]],
+        admission: Callable[[], Callable[[Item], bool]],
         at_once: int,
         observe: Observe = lambda *_: None,
     ) -> None:
         self._run = run
-        self._fits = fits
+        self._admission = admission
         self._at_once = at_once
         self._observe = observe
         self._under_way = 0
@@ -98,7 +98,7 @@ class Gatherer(Generic[Item, Answer]):
             self._observe(len(group), time.perf_counter() - began, went_well)
 
     def _take_group(self) -> list[tuple[Item, asyncio.Future[Answer]]]:
-        may_join = self._fits()
+        may_join = self._admission()
         group: list[tuple[Item, asyncio.Future[Answer]]] = []
         left: list[tuple[Item, asyncio.Future[Answer]]] = []
         for waiting in self._waiting:

@@ -23,7 +23,7 @@ from exportd.errors import OperatorError
 from exportd.settings import child_environment
 
 # The longest path a Unix socket may have, less the terminating NUL (unix(7)).
-_LONGEST_SOCKET_PATH = 107
+_MAX_SOCKET_PATH_BYTES = 107
 _ENTER_BY_OTHERS = stat.S_IXGRP | stat.S_IXOTH
 
 
@@ -40,7 +40,7 @@ def embedded_server(data_dir: Path) -> Iterator[str]:
     """
     folder = data_dir.resolve() / "postgres"
     # With a longer path pgserver would put the socket into a folder that every local user can enter.
-    if len(os.fsencode(folder / ".s.PGSQL.5432")) > _LONGEST_SOCKET_PATH:
+    if len(os.fsencode(folder / ".s.PGSQL.5432")) > _MAX_SOCKET_PATH_BYTES:
         raise EmbeddedServerError(
             f"the path of the data folder is too long for the embedded PostgreSQL's socket: {data_dir}"
         )

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from uuid import UUID
 
-from exportd.db.batcher import Gatherer
+from exportd.db.batcher import Batcher
 from exportd.db.pool import Database
 from exportd.domain.job import Job
 
@@ -81,7 +81,7 @@ class JobFinder:
             jobs = {row[0]: Job(*row) for row in rows}
             return [jobs.get(job_id) for job_id in job_ids]
 
-        self._gatherer = Gatherer(find, lambda: lambda _: True, at_once=_LOOK_UPS_AT_ONCE)
+        self._gatherer = Batcher(find, lambda: lambda _: True, at_once=_LOOK_UPS_AT_ONCE)
 
     async def find_job(self, job_id: UUID) -> Job | None:
         """The job of that id, or None. Raises DatabaseUnavailable."""

@@ -10,7 +10,7 @@ from exportd.domain.principal import Principal
 from exportd.settings import LinkSettings
 
 # Of one user to one package. Nobody needs as many; who makes more loses the oldest.
-_MOST_LINKS = 100
+_MAX_LINKS = 100
 
 # The row is there or it is not: a second try after a lost connection inserts nothing and reads it back.
 MAKE_LINK = """
@@ -21,7 +21,7 @@ WITH surplus AS (
                  FROM exportd_download_links
                 WHERE job_id = %(job_id)s AND user_id = %(user_id)s AND ticket_sha256 <> %(ticket_sha256)s
                 ORDER BY created_at DESC, ticket_sha256
-               OFFSET %(most_others)s
+               OFFSET %(max_others)s
            )
 ), inserted AS (
     INSERT INTO exportd_download_links (
@@ -99,7 +99,7 @@ async def make_link(
         MAKE_LINK,
         {
             "ticket_sha256": ticket_sha256,
-            "most_others": _MOST_LINKS - 1,
+            "max_others": _MAX_LINKS - 1,
             "job_id": job.job_id,
             "user_id": principal.user_id,
             "is_admin": principal.is_admin,

@@ -19,7 +19,7 @@ _LOOK_SECONDS = 0.25
 # it takes, to find out when it can. A user's connections share what they are offered at the least.
 _CONTENT = 0.75
 _HEADROOM = 1.3
-_LEAST_PART = 0.01
+_MIN_PART = 0.01
 # Clients read in bursts: what they take is averaged over a second and a half or so.
 _SMOOTHING = 0.15
 # A new connection is given time to show what it can take: TCP starts slowly.
@@ -82,7 +82,7 @@ class FairShare:
             if member.looks <= _GRACE_LOOKS or member.takes >= _CONTENT * member.rate:
                 member.entry.demand = math.inf
             else:
-                least = self._total * _LEAST_PART / connections[member.entry.user]
+                least = self._total * _MIN_PART / connections[member.entry.user]
                 member.entry.demand = member.takes * _HEADROOM + least
             self._board.publish(member.entry)
         self._divide()

@@ -8,9 +8,9 @@ import sys
 # Not in the socket module; asm-generic/socket.h.
 _SO_MAX_PACING_RATE = 47
 _UNLIMITED = 2**64 - 1
-_MOST_UNSENT_BYTES = 1024 * 1024
+_MAX_UNSENT_BYTES = 1024 * 1024
 # The rate may have changed meanwhile.
-_LONGEST_WAIT_SECONDS = 0.25
+_MAX_WAIT_SECONDS = 0.25
 
 
 def pace_by_kernel(connection: int, rate_bytes_per_second: int) -> bool:
@@ -28,7 +28,7 @@ def limit_unsent(connection: int) -> None:
     killed, and that are out of the processor's cache when their turn comes.
     """
     if hasattr(socket, "TCP_NOTSENT_LOWAT"):
-        limit = struct.pack("i", _MOST_UNSENT_BYTES)
+        limit = struct.pack("i", _MAX_UNSENT_BYTES)
         _set_option(connection, socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, limit)
 
 
@@ -62,7 +62,7 @@ class Pacer:
         # What a stalled client did not use is not saved up for a burst.
         self._ahead = max(self._ahead, -0.1 * self.rate) + sent_bytes
         while self._ahead >= 1:
-            await asyncio.sleep(min(self._ahead / self.rate, _LONGEST_WAIT_SECONDS))
+            await asyncio.sleep(min(self._ahead / self.rate, _MAX_WAIT_SECONDS))
             self._look()
 
     def _look(self) -> None:

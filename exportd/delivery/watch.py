@@ -18,18 +18,18 @@ from exportd.settings import DownloadSettings
 
 # A client that has everything acknowledges it within a round trip.
 _FIRST_PAUSE_SECONDS = 0.001
-_LONGEST_PAUSE_SECONDS = 0.1
+_MAX_PAUSE_SECONDS = 0.1
 _TCP_CLOSE = 7  # Linux, include/net/tcp_states.h
 # A TLS client that has everything and leaves never acknowledges our good-bye (close_notify: 24 bytes by TLS
 # 1.3, 31 at most by 1.2). So one that is reset with less than this missing is taken to have the rest.
-_LONGEST_ALERT_BYTES = 32
+_MAX_ALERT_BYTES = 32
 
 
 class Watch:
     """Watches one delivery while its block runs. Ends it when the client makes too little progress, or left.
 
-    Too little is no byte for ``stall_timeout_seconds``, or fewer than ``least_rate_bytes_per_second`` on
-    average over ``least_rate_window_seconds`` (a rate of 0: no limit). The whole delivery has no time limit.
+    Too little is no byte for ``stall_timeout_seconds``, or fewer than ``min_rate_bytes_per_second`` on
+    average over ``min_rate_window_seconds`` (a rate of 0: no limit). The whole delivery has no time limit.
     """
 
     def __init__(self, transport: asyncio.Transport, progress: Progress, settings: DownloadSettings) -> None:
@@ -92,13 +92,13 @@ class Watch:
         # as the socket takes it: a queue that stays empty is the end.
         while self._queued_bytes() or (is_encrypted and not await self._stays_empty()):
             if self._has_connection_ended():
-                if self._queued_bytes() > (_LONGEST_ALERT_BYTES if is_encrypted else 0):
+                if self._queued_bytes() > (_MAX_ALERT_BYTES if is_encrypted else 0):
                     raise DeliveryAborted("client disconnected")
                 break
             if self.reason is not None:
                 raise DeliveryAborted(self.reason)
             await asyncio.sleep(pause)
-            pause = min(pause * 1.5, _LONGEST_PAUSE_SECONDS)
+            pause = min(pause * 1.5, _MAX_PAUSE_SECONDS)
         self._progress.bytes_acknowledged = self._progress.bytes_sent
 
     def _look(self) -> None:
@@ -125,9 +125,9 @@ class Watch:
         elif now - self._progressed_at >= self._settings.stall_timeout_seconds:
             return "stalled"
         elapsed = now - self._window_began_at
-        if elapsed >= self._settings.least_rate_window_seconds:
+        if elapsed >= self._settings.min_rate_window_seconds:
             rate = (taken - self._taken_before_window) / elapsed
-            if rate < self._settings.least_rate_bytes_per_second:
+            if rate < self._settings.min_rate_bytes_per_second:
                 return "too slow"
             self._window_began_at, self._taken_before_window = now, taken
         return None

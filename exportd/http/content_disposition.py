@@ -8,16 +8,16 @@ from urllib.parse import quote
 
 _FALLBACK = "package"
 # A file name may have 255 bytes nearly everywhere; the rest of ours takes about 25.
-_LONGEST_TOOL_BYTES = 150
+_MAX_TOOL_BYTES = 150
 # The rest of a longer name is not looked at: each character costs time.
-_LONGEST_TOOL_CHARACTERS = 1000
+_MAX_TOOL_CHARACTERS = 1000
 # RFC 8187's attr-char, less what quote() always keeps.
 _ATTR_CHARS = "!#$&+-.^_`|~"
 
 
 def package_filename(tool_name: str, day: date) -> str:
     """``export-{tool}-{YYYY-MM-DD}.tar.gz``, the tool's name lower-cased, safe as one path component."""
-    tool = _slug(tool_name[:_LONGEST_TOOL_CHARACTERS]) or _FALLBACK
+    tool = _slug(tool_name[:_MAX_TOOL_CHARACTERS]) or _FALLBACK
     return f"export-{tool}-{day.isoformat()}.tar.gz"
 
 
@@ -26,7 +26,7 @@ def content_disposition(tool_name: str, day: date) -> str:
 
     ``filename`` is plain ASCII; where that loses something, ``filename*`` follows with the real name.
     """
-    return _content_disposition(tool_name[:_LONGEST_TOOL_CHARACTERS], day)
+    return _content_disposition(tool_name[:_MAX_TOOL_CHARACTERS], day)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -45,7 +45,7 @@ def _slug(tool_name: str) -> str:
     text = unicodedata.normalize("NFC", tool_name).lower()
     words = re.sub(r"-+", "-", "".join(char if _is_kept(char) else "-" for char in text))
     words = re.sub(r"\.{2,}", ".", words)
-    cut = words.encode("utf-8", "ignore")[:_LONGEST_TOOL_BYTES].decode("utf-8", "ignore")
+    cut = words.encode("utf-8", "ignore")[:_MAX_TOOL_BYTES].decode("utf-8", "ignore")
     return cut.strip("-.")
 
 

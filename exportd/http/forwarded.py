@@ -10,16 +10,16 @@ Network = IPv4Network | IPv6Network
 _ADDRESS = re.compile(r"\[([^\]]*)\](?::\d+)?|([\d.]+)(?::\d+)?", re.ASCII)
 
 
-def client_address(peer: str, noted: Iterable[str], trusted: Collection[Network]) -> str:
+def client_address(peer: str, forwarded: Iterable[str], trusted: Collection[Network]) -> str:
     """The address of the client: the first that is no trusted proxy's, from the peer on.
 
-    ``noted`` holds the addresses that proxies noted, the nearest first. What a proxy that nobody trusts has
+    ``forwarded`` holds the addresses that proxies forwarded, the nearest first. What a proxy that nobody trusts has
     written down counts for nothing and is not read, and the walk ends at what cannot be read.
     """
     present = parse_address(peer)
     if present is None:
         return peer
-    remaining = iter(noted)
+    remaining = iter(forwarded)
     while any(present in network for network in trusted):
         further = parse_address(next(remaining, ""))
         if further is None:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 _RANGES_SPECIFIER = re.compile(r"[ \t]*bytes[ \t]*=(.*)", re.IGNORECASE | re.ASCII | re.DOTALL)
 _RANGE_SPEC = re.compile(r"([0-9]+)-([0-9]*)|-([0-9]+)", re.ASCII)
 # No package is that large, and int() takes quadratic time for long numbers.
-_LONGEST_POSITION = 19
-_BEYOND = 10**_LONGEST_POSITION
+_MAX_POSITION_DIGITS = 19
+_BEYOND = 10**_MAX_POSITION_DIGITS
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,4 +83,4 @@ def _coalesce(ranges: list[ByteRange]) -> list[ByteRange]:
 
 def _position(digits: str) -> int:
     significant = digits.lstrip("0")
-    return int(significant or "0") if len(significant) <= _LONGEST_POSITION else _BEYOND
+    return int(significant or "0") if len(significant) <= _MAX_POSITION_DIGITS else _BEYOND

@@ -46,7 +46,7 @@ _BATCH_SECONDS = 0.5
 _REST = 2.0
 # How much the clocks of this machine and the database may differ, for which scheduled run this is.
 _CLOCK_TOLERANCE = timedelta(seconds=5)
-_MOST_NAMES = 100
+_MAX_NAMES = 100
 
 
 class CleanupRefused(OperatorError):
@@ -215,7 +215,7 @@ async def find_orphans(
         for _, path in rows:
             if (name := store.name_of(path)) is not None:
                 found.pop(name, None)
-    orphans = Orphans(len(found), sum(found.values()), 0, sorted(found)[:_MOST_NAMES])
+    orphans = Orphans(len(found), sum(found.values()), 0, sorted(found)[:_MAX_NAMES])
     if remove:
         for name in found:
             try:

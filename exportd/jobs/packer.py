@@ -118,7 +118,7 @@ class Packer:
                 await wait(self._poll_seconds)
 
     async def _pack(self, job: PackingJob) -> None:
-        said = {"job_id": str(job.job_id), "attempt": job.attempt}
+        fields = {"job_id": str(job.job_id), "attempt": job.attempt}
         started = time.monotonic()
         try:
             if job.attempt > self._max_attempts:
@@ -128,7 +128,7 @@ class Packer:
                 async with self._drafted(job, source, total) as draft:
                     await self._complete(job, draft)
         except JobLost:
-            log.warning("package_discarded", **said)
+            log.warning("package_discarded", **fields)
         except DatabaseUnavailable:
             raise
         except Exception as error:  # noqa: BLE001  whatever is wrong with one source, the others' turn comes
@@ -139,7 +139,7 @@ class Packer:
                 source_bytes=total,
                 package_size_bytes=draft.size_bytes,
                 duration_seconds=round(time.monotonic() - started, 6),
-                **said,
+                **fields,
             )
 
     @contextlib.asynccontextmanager

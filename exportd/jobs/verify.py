@@ -52,18 +52,18 @@ async def verify_packages(database: Database, store: PackageStore, job_id: UUID 
     """
     found = Verification()
     async for package in _packages(database, job_id):
-        said = {"job_id": str(package.job_id)}
+        fields = {"job_id": str(package.job_id)}
         try:
             digest = await asyncio.to_thread(_digest, store, package)
         except PackageMissing:
             found.missing += 1
-            log.error("package_missing", **said)
+            log.error("package_missing", **fields)
             continue
         except PackageChanged as error:
             digest = str(error)
         except PackageUnusable as error:
             found.unreadable += 1
-            log.error("package_unreadable", reason=str(error), **said)
+            log.error("package_unreadable", reason=str(error), **fields)
             continue
         found.bytes_read += package.size_bytes or 0
         if package.sha256 is None:
@@ -71,11 +71,11 @@ async def verify_packages(database: Database, store: PackageStore, job_id: UUID 
         elif digest == package.sha256:
             found.sound += 1
             if package.is_suspect and await mark_sound(database, package):
-                log.warning("package_cleared", **said)
+                log.warning("package_cleared", **fields)
         else:
             found.damaged += 1
             await mark_suspect(database, package)
-            log.error("package_damaged", found=digest, recorded=package.sha256, **said)
+            log.error("package_damaged", found=digest, recorded=package.sha256, **fields)
     return found
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 # At some 400 bytes a line this is ten thousand of them.
-_MOST_WAITING_BYTES = 4 * 1024 * 1024
+_MAX_WAITING_BYTES = 4 * 1024 * 1024
 # Lines that come within this time of the last ones are written together.
 _PAUSE_SECONDS = 0.01
 _CLOSING_SECONDS = 2.0
@@ -54,7 +54,7 @@ class LineWriter:
     def write(self, line: bytes) -> None:
         """Takes a line without its end. Never blocks, never raises."""
         with self._lock:
-            if self._waiting_bytes + len(line) > _MOST_WAITING_BYTES:
+            if self._waiting_bytes + len(line) > _MAX_WAITING_BYTES:
                 self._count_shed(1)
                 return
             self._lines.append(line)
@@ -129,13 +129,13 @@ class LineWriter:
         self._shed_since += count
 
 
-def _blocks(lines: list[bytes], most_bytes: int) -> list[tuple[int, bytes]]:
-    """Lines joined to blocks of at most ``most_bytes`` (a longer line is one), and how many each holds."""
+def _blocks(lines: list[bytes], max_bytes: int) -> list[tuple[int, bytes]]:
+    """Lines joined to blocks of at most ``max_bytes`` (a longer line is one), and how many each holds."""
     blocks: list[tuple[int, bytes]] = []
     block: list[bytes] = []
     size = 0
     for line in lines:
-        if block and size + len(line) + 1 > most_bytes:
+        if block and size + len(line) + 1 > max_bytes:
             blocks.append((len(block), b"\n".join(block) + b"\n"))
             block, size = [], 0
         block.append(line)

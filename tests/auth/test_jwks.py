@@ -63,7 +63,7 @@ async def verifying(url: str, **more: Any) -> AsyncIterator[tuple[Tokens, Remote
 
 
 def let_time_pass(remote: RemoteKeys) -> None:
-    remote._fetched_at -= jwks._LEAST_INTERVAL_SECONDS
+    remote._fetched_at -= jwks._MIN_INTERVAL_SECONDS
 
 
 async def test_published_keys_verify(provider: Provider, url: str) -> None:

@@ -152,7 +152,7 @@ class _Clock:
 
 
 async def test_what_is_remembered_is_bounded(tokens: Tokens, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("exportd.auth.tokens._MOST_REMEMBERED", 3)
+    monkeypatch.setattr("exportd.auth.tokens._MAX_REMEMBERED_TOKENS", 3)
     issued = [tokens.sign(f"user-{number}", None, 60) for number in range(10)]
     for token in issued:
         await tokens.verify(token)

@@ -211,9 +211,9 @@ async def test_what_no_disk_takes_waits_in_memory_once(spool: Spool) -> None:
     await spool.append(given[:1])
     for _ in range(2):
         await spool.keep(given[1:])
-    assert (await spool.waiting(), len(spool), spool.homeless) == (given, 3, given[1:])
+    assert (await spool.waiting(), len(spool), spool.unsaved) == (given, 3, given[1:])
     await spool.written(await spool.waiting())
-    assert (len(spool), spool.homeless) == (0, [])
+    assert (len(spool), spool.unsaved) == (0, [])
 
 
 async def test_one_that_is_just_made_is_not_taken_away(

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable
 
-from exportd.db.batcher import Gatherer
+from exportd.db.batcher import Batcher
 
 
 def anything() -> Callable[[int], bool]:
@@ -15,7 +15,7 @@ async def test_what_comes_as_the_last_answer_goes_out_is_answered_too() -> None:
         await asyncio.sleep(0.001)
         return [2 * item for item in items]
 
-    gatherer = Gatherer(double, anything, at_once=1)
+    gatherer = Batcher(double, anything, at_once=1)
     async with asyncio.timeout(30):
         for number in range(5):
             # Each in the loop's turn in which the one before was answered.
@@ -28,7 +28,7 @@ async def test_many_that_end_at_any_moment_are_answered() -> None:
         await asyncio.sleep(0.001)
         return items
 
-    gatherer = Gatherer(wait, anything, at_once=2)
+    gatherer = Batcher(wait, anything, at_once=2)
 
     async def ask(number: int) -> None:
         for turns in range(20):

@@ -16,8 +16,8 @@ from tests.support.application import Jobs, Start, noise
         ({"stall_timeout_seconds": 0.3}, "stalled"),
         (
             {
-                "least_rate_bytes_per_second": 10**12,
-                "least_rate_window_seconds": 0.2,
+                "min_rate_bytes_per_second": 10**12,
+                "min_rate_window_seconds": 0.2,
                 "stall_timeout_seconds": 0.4,
             },
             "too slow",

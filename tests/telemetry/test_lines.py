@@ -53,7 +53,7 @@ def test_a_lone_line_does_not_wait_for_others(pipe: tuple[int, int]) -> None:
 def test_a_pipe_that_nobody_reads_blocks_nobody_and_what_is_shed_is_told(
     pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lines, "_MOST_WAITING_BYTES", 100_000)
+    monkeypatch.setattr(lines, "_MAX_WAITING_BYTES", 100_000)
     fcntl.fcntl(pipe[1], fcntl.F_SETPIPE_SZ, 4096)
     line = b"x" * 999
     written = 500

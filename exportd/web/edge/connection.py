@@ -30,9 +30,9 @@ from exportd.web.services import SERVICES
 
 log = structlog.get_logger()
 
-_LONGEST_LINE = 8190
-_MOST_FIELDS = 100
-_LARGEST_HEAD = 65536
+_MAX_LINE_BYTES = 8190
+_MAX_FIELDS = 100
+_MAX_HEAD_BYTES = 65536
 _VERSIONS = (HttpVersion11, HttpVersion10)
 # A body that nobody asked for is read and thrown away for this long, so that its sender sees the answer.
 _LINGERING_SECONDS = 2.0
@@ -64,9 +64,9 @@ class ConnectionServer(web.Server):
             access_log=None,
             keepalive_timeout=self.settings.server.keepalive_timeout_seconds,
             lingering_time=_LINGERING_SECONDS,
-            max_line_size=_LONGEST_LINE,
-            max_field_size=_LONGEST_LINE,
-            max_headers=_MOST_FIELDS,
+            max_line_size=_MAX_LINE_BYTES,
+            max_field_size=_MAX_LINE_BYTES,
+            max_headers=_MAX_FIELDS,
             # Bodies are thrown away, and not unpacked for it.
             auto_decompress=False,
         )
@@ -149,7 +149,7 @@ class Connection(RequestHandler):
         elif self._waiter is not None and not self._waiter.done():
             self._expect_head()
             self._head_bytes += len(data)
-            if self._head_bytes > _LARGEST_HEAD:
+            if self._head_bytes > _MAX_HEAD_BYTES:
                 self._refuse(Refusal.LARGE_HEAD)
 
     def _expect_head(self) -> None:
