@@ -1,7 +1,7 @@
-"""What comes in together goes to the database together.
+"""Batches of items that are sent to the database together.
 
-A lone item goes at once; what arrives while a statement is under way waits for the next. So a quiet daemon
-loses no time, and a busy one needs a fraction of the statements.
+If no call is running, an item is sent immediately. Items that arrive during a call form the next batch. So an
+idle daemon loses no time, and a busy one needs a fraction of the statements.
 """
 
 import asyncio
@@ -14,16 +14,16 @@ from exportd.db.pool import DatabaseUnavailable
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
 
-# Told of each call: how many items, how many seconds, and whether it went well.
+# Called after each batch with its size, its duration in seconds, and whether it succeeded.
 Observe = Callable[[int, float, bool], None]
 
 
 class Batcher(Generic[Item, Answer]):
-    """Calls ``run`` with groups of items; it returns an answer for each, in order, or raises. A group that
-    fails with anything but DatabaseUnavailable is tried again one by one.
+    """Calls ``run`` with batches of items. ``run`` returns an answer for each item, in order, or raises. A
+    batch that fails with any error but DatabaseUnavailable is retried item by item.
 
-    ``admission`` makes, for each group, a judge of which items may still join it; what may not waits for the next
-    call. At most ``at_once`` calls are under way.
+    ``admission`` makes, for each batch, a function that says whether an item may join it. Other items wait
+    for the next batch. At most ``at_once`` calls run at the same time.
     """
 
     def __init__(
@@ -43,11 +43,11 @@ class Batcher(Generic[Item, Answer]):
 
     @property
     def waiting(self) -> int:
-        """How many items have no answer yet."""
+        """The number of items without an answer."""
         return len(self._waiting) + self._under_way
 
     def submit(self, item: Item) -> asyncio.Future[Answer]:
-        """The item's answer, to come. Who stops waiting for it does not stop the call."""
+        """Returns a future of the item's answer. Cancelling the future does not stop the call."""
         answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._waiting.append((item, answer))
         if len(self._running) < self._at_once:
@@ -60,7 +60,8 @@ class Batcher(Generic[Item, Answer]):
         try:
             await self._work_off()
         finally:
-            # At once: the callback comes a turn later, and what is submitted until then would start nobody.
+            # Do it here: the callback runs a turn of the event loop later, and an item that is submitted
+            # until then would start no task.
             self._running.discard(asyncio.current_task())
 
     async def _work_off(self) -> None:
@@ -83,7 +84,7 @@ class Batcher(Generic[Item, Answer]):
             went_well = True
         except Exception as error:  # noqa: BLE001  # whatever it is, those who wait must hear of it
             if len(group) > 1 and not isinstance(error, DatabaseUnavailable):
-                # One that cannot be answered must not cost the others.
+                # An item that fails must not fail the others.
                 for waiting in group:
                     await self._answer([waiting])
                 return

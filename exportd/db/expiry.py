@@ -1,7 +1,7 @@
-"""Packages whose time is up, in SQL: who may still resume, what the cleanup may delete, and its history.
+"""Expired packages, in SQL: which principals may still resume, what the cleanup may delete, and its history.
 
-Who began a download of an expired package and has not finished may resume it for the grace time. Nothing
-starts after the expiry, so whatever delivery is unfinished began before it, whoever's clock wrote it down.
+A principal with an unfinished download of an expired package may resume it for the grace time. No download
+starts after the expiry, so every unfinished delivery began before it, whichever node's clock recorded it.
 """
 
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ _FIND_UNFINISHED = """
 SELECT 1 FROM exportd_unfinished_downloads(%s) AS unfinished(user_id) WHERE user_id = %s
 """
 
-# The minute is for deliveries that began at the last moment, and are not written down yet. An application's
-# table may share one package among jobs: it goes with the last of them.
+# The minute is for deliveries that began at the last moment and are not recorded yet. In an application's
+# table several jobs may share a package. It is deleted with the last of them.
 TAKE_EXPIRED = """
 SELECT job_id,
        package_path::text,
@@ -79,7 +79,7 @@ FIRST_ID = UUID(int=0)
 
 @dataclass(frozen=True, slots=True)
 class ExpiredPackage:
-    """A package that the cleanup may delete. ``is_waiting``: not yet, somebody may still resume.
+    """A package that the cleanup may delete. ``is_waiting``: not yet, because a principal may still resume.
 
     ``shared_with``: other jobs with the same package.
     """
@@ -93,7 +93,7 @@ class ExpiredPackage:
 
 
 async def has_unfinished_download(database: Database, job_id: UUID, user_id: str) -> bool:
-    """Whether the principal began to download the package and does not have the whole of it since.
+    """Whether the principal has an unfinished download of the package.
 
     Raises DatabaseUnavailable.
     """
@@ -103,8 +103,8 @@ async def has_unfinished_download(database: Database, job_id: UUID, user_id: str
 async def take_expired(
     session: Session | Database, after: ExpiredPackage | None, limit: int, grace: timedelta, *, lock: bool
 ) -> list[ExpiredPackage]:
-    """The next expired packages, by expiry. ``lock``: and their rows, until the session's transaction ends;
-    rows that somebody else holds are left out. Raises DatabaseUnavailable."""
+    """The next expired packages, by expiry. ``lock`` locks their rows until the session's transaction ends,
+    and skips rows that are locked already. Raises DatabaseUnavailable."""
     parameters = {
         "expires_at": after.expires_at if after else "-infinity",
         "job_id": after.job_id if after else FIRST_ID,
@@ -119,7 +119,7 @@ async def take_expired(
 
 
 async def mark_deleted(session: Session, job_ids: list[UUID]) -> None:
-    """The packages are gone, or theirs no longer. Raises DatabaseUnavailable."""
+    """Marks the packages of the jobs as deleted. Raises DatabaseUnavailable."""
     await session.fetch_all(_MARK_DELETED, (job_ids,))
 
 
@@ -145,7 +145,7 @@ async def database_clock(database: Database | Session) -> datetime:
 
 
 async def last_cleanup(database: Database | Session) -> tuple[datetime, datetime] | None:
-    """When the last cleanup that went to its end started and finished. Raises DatabaseUnavailable."""
+    """When the last complete cleanup started and finished. Raises DatabaseUnavailable."""
     row = await database.fetch_one(
         "SELECT started_at, finished_at FROM exportd_cleanup_runs ORDER BY started_at DESC LIMIT 1"
     )
@@ -153,5 +153,5 @@ async def last_cleanup(database: Database | Session) -> tuple[datetime, datetime
 
 
 async def record_cleanup(database: Database | Session, run: dict[str, object]) -> None:
-    """Writes a cleanup down that went to its end, once for each ``run_id``. Raises DatabaseUnavailable."""
+    """Records a complete cleanup, once for each ``run_id``. Raises DatabaseUnavailable."""
     await database.fetch_all(_RECORD_RUN, run)

@@ -1,4 +1,4 @@
-"""Jobs as people see them, in SQL: a list by keyset pages, and one of them."""
+"""Jobs with their history, for people, in SQL: a list in keyset pages, and one job."""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -33,7 +33,7 @@ SELECT job_id,
   FROM export_jobs AS job
 """
 FIND_JOBS = _SELECT + " WHERE job_id = ANY (%s::uuid[])"
-# A job without a time of creation, in an application's own table, has no place in the order.
+# In an application's own table a job may lack its time of creation. Such a job is not listed.
 _PAGE = """
    AND (job.created_at, job.job_id) < (%(created_at)s, %(job_id)s)
  ORDER BY job.created_at DESC, job.job_id DESC
@@ -44,7 +44,7 @@ LIST_BY_STATUS = _SELECT + " WHERE status::text = %(status)s" + _PAGE
 LIST_BY_USER = _SELECT + " WHERE user_id::text = %(user_id)s" + _PAGE
 LIST_BY_USER_AND_STATUS = _SELECT + " WHERE user_id::text = %(user_id)s AND status::text = %(status)s" + _PAGE
 
-# By the index of what runs, which is small however many deliveries there were.
+# Uses the index of running deliveries, which stays small however long the history is.
 FIND_RUNNING_DOWNLOADS = """
 SELECT event_id, job_id, user_id, started_at,
        (SELECT sum(upper(part) - lower(part)) FROM unnest(requested) AS part)::bigint,
@@ -54,7 +54,7 @@ SELECT event_id, job_id, user_id, started_at,
  ORDER BY started_at
 """
 
-# In one statement: the record that counts a download clears what was there of it.
+# In one statement, because the record that counts a download clears its progress.
 _WITH_PROGRESS = """
 SELECT job.*,
        (SELECT coalesce(jsonb_object_agg(user_id, received_bytes), '{}')
@@ -85,7 +85,7 @@ class JobDetails:
 
 @dataclass(frozen=True, slots=True)
 class RunningDownload:
-    """A delivery under way, as far as is known: as of its last checkpoint, where another process sends."""
+    """A running delivery. If another process sends it, the numbers are those of its last checkpoint."""
 
     event_id: UUID
     job_id: UUID
@@ -96,7 +96,7 @@ class RunningDownload:
 
 
 async def find_details(database: Database, job_ids: list[UUID]) -> dict[UUID, JobDetails]:
-    """The jobs of those ids that exist. Raises DatabaseUnavailable."""
+    """Returns the jobs that exist, by id. Raises DatabaseUnavailable."""
     rows = await database.fetch_all(FIND_JOBS, (job_ids,))
     return {row[0]: details_of(row) for row in rows}
 
@@ -109,7 +109,7 @@ async def list_jobs(
     before: tuple[datetime, UUID] | None,
     limit: int,
 ) -> list[JobDetails]:
-    """The newest jobs, of a user if one is named, created before a time and id.
+    """Returns the newest jobs, of a user if one is given, that were created before a time and id.
 
     Raises DatabaseUnavailable.
     """
@@ -134,7 +134,7 @@ async def list_jobs(
 
 
 async def find_running_downloads(database: Database, job_ids: list[UUID]) -> list[RunningDownload]:
-    """The deliveries under way of those jobs, oldest first. Raises DatabaseUnavailable."""
+    """Returns the running deliveries of the jobs, oldest first. Raises DatabaseUnavailable."""
     rows = await database.fetch_all(FIND_RUNNING_DOWNLOADS, (job_ids,))
     return [RunningDownload(*row) for row in rows]
 
@@ -142,8 +142,8 @@ async def find_running_downloads(database: Database, job_ids: list[UUID]) -> lis
 async def find_details_in_progress(
     database: Database, job_ids: list[UUID]
 ) -> dict[UUID, tuple[JobDetails, dict[str, int]]]:
-    """As ``find_details``; with how many bytes of the package each user has who has a part, from deliveries
-    that ended, at the same moment. Raises DatabaseUnavailable."""
+    """Like ``find_details``, with the number of bytes that each user has of the package so far, from
+    deliveries that ended, at the same moment. Raises DatabaseUnavailable."""
     rows = await database.fetch_all(FIND_JOBS_IN_PROGRESS, (job_ids,))
     return {row[0]: (details_of(row[:-1]), row[-1]) for row in rows}
 

@@ -12,7 +12,7 @@ from exportd.db.batcher import Batcher
 from exportd.db.pool import Database
 from exportd.domain.job import Job
 
-# More than one, so that a statement the database is slow with does not hold up everybody.
+# More than one, so that one slow statement does not delay every look-up.
 _LOOK_UPS_AT_ONCE = 2
 
 _FIND_JOBS = """
@@ -31,7 +31,7 @@ SELECT job_id,
  WHERE job_id = ANY (%s::uuid[])
 """
 
-# As decide_download judges, and what an application's own statuses may say otherwise is "other".
+# The states are those of ``Job.package_state``. An application's own statuses are "other".
 _SUM_PACKAGES = """
 SELECT CASE
            WHEN status::text IN ('pending', 'processing', 'failed') THEN status::text
@@ -50,7 +50,7 @@ _PACKAGE_STATES = (
     "pending", "processing", "failed", "other", "available", "suspect", "expired", "deleted",
 )  # fmt: skip
 
-# The row is there or it is not: a second try after a lost connection inserts nothing and reads it back.
+# Idempotent: a retry after a lost connection inserts nothing and reads the row back.
 _RECORD_COMPLETED = """
 WITH inserted AS (
     INSERT INTO export_jobs (
@@ -73,7 +73,7 @@ LIMIT 1
 
 
 class JobFinder:
-    """Looks jobs up, those that are asked for together by one statement."""
+    """Looks jobs up. Concurrent look-ups share a statement."""
 
     def __init__(self, database: Database) -> None:
         async def find(job_ids: list[UUID]) -> list[Job | None]:
@@ -84,12 +84,12 @@ class JobFinder:
         self._gatherer = Batcher(find, lambda: lambda _: True, at_once=_LOOK_UPS_AT_ONCE)
 
     async def find_job(self, job_id: UUID) -> Job | None:
-        """The job of that id, or None. Raises DatabaseUnavailable."""
+        """Returns the job, or None. Raises DatabaseUnavailable."""
         return await self._gatherer.submit(job_id)
 
 
 async def sum_packages(database: Database) -> dict[str, tuple[int, int]]:
-    """How many jobs there are in each state, and how many bytes their packages have.
+    """Returns, by state, the number of jobs and the bytes of their packages.
 
     Reads the whole table. Raises DatabaseUnavailable.
     """

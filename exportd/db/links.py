@@ -1,4 +1,4 @@
-"""Download links in SQL. A link is known by the SHA-256 of its ticket; the ticket itself is kept nowhere."""
+"""Download links in SQL. The database holds the SHA-256 of a link's ticket, never the ticket itself."""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -9,10 +9,10 @@ from exportd.domain.job import Job
 from exportd.domain.principal import Principal
 from exportd.settings import LinkSettings
 
-# Of one user to one package. Nobody needs as many; who makes more loses the oldest.
+# Of one user to one package. A further link replaces the oldest one.
 _MAX_LINKS = 100
 
-# The row is there or it is not: a second try after a lost connection inserts nothing and reads it back.
+# Idempotent: a retry after a lost connection inserts nothing and reads the row back.
 MAKE_LINK = """
 WITH surplus AS (
     DELETE FROM exportd_download_links
@@ -61,15 +61,15 @@ UPDATE exportd_download_links
 RETURNING 1
 """
 
-# A day longer than they live, so that who opens one late is told what became of it.
+# Rows outlive their links by a day, so that a late request is told that its link has expired.
 PRUNE_LINKS = "DELETE FROM exportd_download_links WHERE resume_until < now() - make_interval(days => 1)"
 
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """A link: which job's package, as it was then, it downloads as whom, and for how long.
+    """A link to a job's package, as it was when the link was made, that downloads as ``user_id``.
 
-    ``is_begun``: a download by it has started.
+    ``is_begun``: a download by the link has started.
     """
 
     ticket_sha256: bytes
@@ -113,19 +113,19 @@ async def make_link(
 
 
 async def find_link(database: Database, ticket_sha256: bytes) -> Link | None:
-    """The link of that ticket, dead or alive. Raises DatabaseUnavailable."""
+    """Returns the link of the ticket, even if it has expired or was revoked. Raises DatabaseUnavailable."""
     row = await database.fetch_one(FIND_LINK, (ticket_sha256,))
     return Link(bytes(row[0]), *row[1:]) if row else None
 
 
 async def mark_begun(database: Database, link: Link) -> None:
-    """A download by the link starts: from now on it can be resumed. Raises DatabaseUnavailable."""
-    if not link.is_begun:
+    """Records that a download by the link has started, so that it can be resumed. Raises
+    DatabaseUnavailable.""" if not link.is_begun:
         await database.fetch_all(_BEGIN, (link.ticket_sha256,))
 
 
 async def revoke_links(database: Database, job_id: UUID, user_id: str | None) -> int:
-    """Ends the living links to a job's package, or those that the principal made; returns how many.
+    """Revokes the links to a job's package, or only those that a user made. Returns how many.
 
     Raises DatabaseUnavailable.
     """
@@ -133,5 +133,5 @@ async def revoke_links(database: Database, job_id: UUID, user_id: str | None) ->
 
 
 async def prune_links(database: Database) -> None:
-    """Deletes the rows of links that are long dead. Raises DatabaseUnavailable."""
+    """Deletes the rows of links that expired more than a day ago. Raises DatabaseUnavailable."""
     await database.fetch_all(PRUNE_LINKS)

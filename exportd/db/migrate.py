@@ -1,7 +1,8 @@
 """Schema migrations: raw SQL in ``migrations/``, run up and down by yoyo.
 
-yoyo's own lock is a row that a killed process leaves behind; a PostgreSQL advisory lock takes its place.
-Its book-keeping tables get names of our own, since the application whose database we share may use yoyo too.
+A PostgreSQL advisory lock replaces yoyo's own lock, which is a row that a killed process leaves in the table.
+yoyo's book-keeping tables get names of exportd's own, because the application may use yoyo in the same
+database.
 """
 
 import contextlib
@@ -22,8 +23,8 @@ _TABLE = "exportd_migrations"
 _FOLDER = Path(__file__).parent / "migrations"
 _ADVISORY_LOCK = 0x6578706F72746400  # "exportd" in ASCII
 
-# What a server says that is about to accept connections, or will again (SQLSTATE 57P03 and 53300, which
-# psycopg2 does not hand on for a connection that never came up).
+# Messages of a server that will accept connections soon (SQLSTATE 57P03 and 53300). psycopg2 gives no
+# SQLSTATE for a connection that was not established.
 _TRANSIENT = (
     "starting up",
     "shutting down",
@@ -35,11 +36,11 @@ _TRANSIENT = (
 
 
 class MigrationError(OperatorError):
-    """The schema cannot be brought where it should be; the message is for the operator."""
+    """The schema cannot be migrated. The message is for the operator."""
 
 
 class DatabaseNotReachable(MigrationError):
-    """No connection to the database; the message is libpq's, on one line."""
+    """The database cannot be reached. The message is libpq's, on one line."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,10 @@ class _Backend(PostgresqlBackend):  # type: ignore[misc]  # yoyo has no types
 
 
 def wait_for_database(dsn: str, timeout_seconds: float, on_wait: Callable[[str], None]) -> None:
-    """Returns once the server accepts a connection. ``on_wait`` is told the reason of the first failure.
+    """Returns when the server accepts a connection. Calls ``on_wait`` with the reason of the first failure.
 
-    A refusal that waiting cannot mend (wrong password, no such database) ends it at once.
-    Raises DatabaseNotReachable, and MigrationError where the server is too old.
+    Does not wait after an error that waiting cannot cure (wrong password, no such database).
+    Raises DatabaseNotReachable, and MigrationError if the server is too old.
     """
     deadline = time.monotonic() + timeout_seconds
     waiting = False
@@ -87,7 +88,7 @@ def wait_for_database(dsn: str, timeout_seconds: float, on_wait: Callable[[str],
 
 
 def migration_status(dsn: str) -> list[MigrationState]:
-    """Every migration in order. Only reads, so it needs no right to change the schema.
+    """Returns every migration, in order. It only reads, so it needs no right to change the schema.
 
     Raises DatabaseNotReachable and MigrationError.
     """
@@ -106,15 +107,15 @@ def migration_status(dsn: str) -> list[MigrationState]:
 
 
 def migrate_up(dsn: str) -> list[str]:
-    """Applies what is missing and returns the names. Raises DatabaseNotReachable and MigrationError."""
-    with _locked_backend(dsn) as backend:
+    """Applies the pending migrations and returns their names. Raises DatabaseNotReachable and
+    MigrationError.""" with _locked_backend(dsn) as backend:
         pending = backend.to_apply(yoyo.read_migrations(str(_FOLDER)))
         backend.apply_migrations(pending)
         return [item.id for item in pending]
 
 
 def migrate_down(dsn: str) -> str | None:
-    """Takes back the newest applied migration and returns its name, or None where there is none.
+    """Takes back the newest applied migration. Returns its name, or None if there is none.
 
     Raises DatabaseNotReachable and MigrationError.
     """

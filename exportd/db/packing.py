@@ -1,7 +1,7 @@
-"""Jobs that a packer makes packages of, in SQL.
+"""Jobs that a packer works on, in SQL.
 
-A packer holds one job at a time: ``packer_id`` says whose it is, ``packer_seen_at`` that the packer lives.
-One that has not been heard of for a minute has lost its job to whoever takes it.
+A packer holds one job at a time. ``packer_id`` names the packer, ``packer_seen_at`` is its last heartbeat.
+After a minute without a heartbeat any other packer may take the job.
 """
 
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from uuid import UUID
 
 from exportd.db.pool import Database, Session
 
-# Sent twice, it takes one job: a packer that holds one takes no other.
+# Idempotent: a packer that holds a job takes no other.
 TAKE_JOB = """
 UPDATE export_jobs
    SET status = 'processing',
@@ -103,7 +103,7 @@ CHANNEL = "export_requested"
 
 @dataclass(frozen=True, slots=True)
 class PackingJob:
-    """A job that a packer holds. ``attempt`` begins with 1."""
+    """A job that a packer holds. ``attempt`` starts at 1."""
 
     job_id: UUID
     source: str
@@ -111,7 +111,7 @@ class PackingJob:
 
 
 async def take_job(database: Database, packer_id: UUID) -> PackingJob | None:
-    """The job that the packer holds; if none, it takes the oldest that waits. None: nothing waits.
+    """Returns the job that the packer holds, or takes the oldest waiting one. None: no job waits.
 
     Raises DatabaseError.
     """
@@ -121,12 +121,12 @@ async def take_job(database: Database, packer_id: UUID) -> PackingJob | None:
 
 
 async def release_jobs(database: Database, packer_id: UUID) -> None:
-    """What the packer held when it was killed waits again; the attempt counts. Raises DatabaseUnavailable."""
-    await database.fetch_all(_RELEASE_OWN, (packer_id,))
+    """Lets the job wait again that the packer held when it was killed. The attempt counts. Raises
+    DatabaseUnavailable.""" await database.fetch_all(_RELEASE_OWN, (packer_id,))
 
 
 async def note_progress(database: Database, job: PackingJob, packer_id: UUID, percent: int) -> bool:
-    """Writes down that the packer lives and how far it is; False: the job is its no longer.
+    """Records a heartbeat and the progress. False: the packer no longer holds the job.
 
     Raises DatabaseUnavailable.
     """
@@ -135,14 +135,14 @@ async def note_progress(database: Database, job: PackingJob, packer_id: UUID, pe
 
 
 async def hold_job(session: Session, job: PackingJob, packer_id: UUID) -> bool:
-    """Locks the job's row until the transaction ends; False: the job is the packer's no longer."""
+    """Locks the job's row until the transaction ends. False: the packer no longer holds the job."""
     return await session.fetch_one(_LOCK_OWN, {"job_id": job.job_id, "packer_id": packer_id}) is not None
 
 
 async def complete_job(
     session: Session, job: PackingJob, packer_id: UUID, *, path: str, size_bytes: int, sha256: str
 ) -> None:
-    """The job has its package. Raises DatabaseError."""
+    """Completes the job with its package. Raises DatabaseError."""
     await session.fetch_all(
         _COMPLETE,
         {
@@ -156,26 +156,26 @@ async def complete_job(
 
 
 async def retry_job(database: Database, job: PackingJob, packer_id: UUID, delay_seconds: float) -> None:
-    """The job waits for another attempt. Raises DatabaseUnavailable."""
+    """Lets the job wait for another attempt. Raises DatabaseUnavailable."""
     await database.fetch_all(
         _RETRY, {"job_id": job.job_id, "packer_id": packer_id, "delay_seconds": delay_seconds}
     )
 
 
 async def fail_job(database: Database, job: PackingJob, packer_id: UUID, reason: str) -> None:
-    """The job has failed; ``reason`` is for its user. Raises DatabaseUnavailable."""
+    """Fails the job. ``reason`` is for its user. Raises DatabaseUnavailable."""
     await database.fetch_all(_GIVE_UP, {"job_id": job.job_id, "packer_id": packer_id, "reason": reason})
 
 
 async def give_back_jobs(database: Database, packer_id: UUID) -> None:
-    """What the packer holds waits again, as if nobody had tried. Raises DatabaseUnavailable."""
+    """Lets the packer's job wait again. The attempt does not count. Raises DatabaseUnavailable."""
     await database.fetch_all(_GIVE_BACK, (packer_id,))
 
 
 async def request_package(
     database: Database, *, job_id: UUID, user_id: str, tool_name: str, source: str, retention_days: int
 ) -> None:
-    """Makes a job that waits for a packer. Idempotent by ``job_id``. Raises DatabaseUnavailable."""
+    """Records a job that waits for a packer. Idempotent by ``job_id``. Raises DatabaseUnavailable."""
     values = {
         "job_id": job_id,
         "user_id": user_id,

@@ -1,9 +1,9 @@
-"""The one door to the database for everything that runs in the event loop: a pool of aiopg connections.
+"""The database, for everything that runs in the event loop: a pool of aiopg connections.
 
-Statements are sent in autocommit (psycopg2 knows no other way asynchronously), so a statement is a
-transaction; ``Database.session`` is for the few that must be several. The driver replaces connections that
-died; a statement that met one is sent again, once. Hence the rule for callers: a statement is a read, or may
-be run twice with the effect of once.
+Statements run in autocommit (psycopg2 offers nothing else asynchronously), so each statement is a
+transaction. ``Database.session`` is for statements that belong together. The pool replaces broken
+connections, and a statement that met one is sent again, once. So the rule for callers: a statement is a read,
+or idempotent.
 """
 
 import asyncio
@@ -22,10 +22,10 @@ log = structlog.get_logger()
 
 Parameters = Mapping[str, object] | Sequence[object]
 
-# How much later than the client the server gives up on a statement, so that a loop that is late still
-# sees its own limit first; the server's is for statements whose client has gone.
+# The server cancels a statement this much later than the client, so that a late event loop still sees its own
+# time limit first. The server's limit is for statements whose client has gone.
 _SERVER_GRACE_SECONDS = 1.0
-# How long a pool that closes waits for statements under way.
+# How long a closing pool waits for running statements.
 _CLOSING_SECONDS = 5.0
 
 
@@ -48,7 +48,7 @@ class ValueRefused(DatabaseRefused):
 
 @dataclass(frozen=True, slots=True)
 class PoolUse:
-    """How many connections there are, and may be."""
+    """The number of connections, and the most there may be."""
 
     in_use: int
     idle: int
@@ -65,14 +65,14 @@ class Database:
     async def fetch_all(self, statement: str, parameters: Parameters = ()) -> list[tuple[Any, ...]]:
         """Runs one statement and returns its rows.
 
-        The statement must be a read, or idempotent: it is sent a second time when the connection broke.
+        The statement must be a read, or idempotent: it is sent again if the connection breaks.
         Raises DatabaseError.
         """
         try:
             return await self._run(statement, parameters)
         except (psycopg2.OperationalError, psycopg2.InterfaceError) as error:
             log.warning("database_connection_lost", error=_one_line(error))
-            # A server that restarted has closed the idle connections too: the second try gets a new one.
+            # A server that restarted has closed the idle connections too. The retry gets a new one.
             await self._pool.clear()
         try:
             return await self._run(statement, parameters)
@@ -103,8 +103,8 @@ class Database:
 
     @contextlib.asynccontextmanager
     async def listening(self, channel: str) -> AsyncIterator[Callable[[float], Awaitable[None]]]:
-        """Listens on a channel while the block lasts; yields what waits for the next notification, though not
-        longer than so many seconds. Both raise DatabaseUnavailable."""
+        """Listens on a channel while the block runs. Yields a function that waits for the next notification,
+        for a number of seconds at most. Both raise DatabaseUnavailable."""
         async with self.session() as session:
             await session.fetch_all(f'LISTEN "{channel}"')
             try:
@@ -115,12 +115,13 @@ class Database:
 
     @property
     def pool_use(self) -> PoolUse:
-        """How busy the pool is now."""
+        """The pool's present use."""
         idle = self._pool.freesize
         return PoolUse(self._pool.size - idle, idle, self._pool.maxsize)
 
     async def close(self) -> None:
-        """Closes idle connections at once and the others when their statement ends, or after a moment."""
+        """Closes idle connections immediately, and the others when their statement ends, or after a few
+        seconds."""
         self._pool.close()
         try:
             async with asyncio.timeout(_CLOSING_SECONDS):
@@ -135,7 +136,7 @@ class Database:
 
 
 class Session:
-    """One connection: transactions, and locks that last as long as it does. Nothing is sent a second time.
+    """One connection, for transactions and session locks. Statements are not retried.
 
     Made by ``Database.session``.
     """
@@ -162,12 +163,12 @@ class Session:
 
     @contextlib.asynccontextmanager
     async def transaction(self) -> AsyncIterator[None]:
-        """What the block sends is done whole, or not at all where the block raises.
+        """Runs the block's statements in a transaction, which is rolled back if the block raises.
 
-        When the connection breaks at the end, nobody knows which.
+        If the connection breaks at the end, it is unknown whether the transaction was committed.
         """
         try:
-            # Within: a cancellation may come together with the answer.
+            # Inside the try: a cancellation may arrive together with the answer.
             await self.fetch_all("BEGIN")
             yield
         except BaseException:
@@ -178,10 +179,7 @@ class Session:
 
     @contextlib.asynccontextmanager
     async def try_lock(self, name: str) -> AsyncIterator[bool]:
-        """Holds the lock of that name, which one session in all the database can, while the block lasts.
-
-        Yields False, and holds nothing, where another session has it.
-        """
+        """Holds a session lock while the block runs. Yields False if another session holds it."""
         row = await self.fetch_one("SELECT pg_try_advisory_lock(hashtextextended(%s, 0))", (name,))
         assert row is not None
         is_held: bool = row[0]
@@ -189,7 +187,7 @@ class Session:
             yield is_held
         finally:
             if is_held:
-                # A connection that is gone has given it back.
+                # A closed connection has released it.
                 with contextlib.suppress(DatabaseUnavailable):
                     await self.fetch_all("SELECT pg_advisory_unlock(hashtextextended(%s, 0))", (name,))
 
@@ -204,10 +202,10 @@ async def _execute(
 
 @contextlib.contextmanager
 def _translated() -> Iterator[None]:
-    """Turns what the drivers raise into this module's errors, except for a connection that broke.
+    """Translates the drivers' exceptions into this module's errors, except for a connection that broke.
 
-    A cancellation comes through, whatever became of it below: Python 3.11's wait_for, in aiopg, swallows one
-    that comes together with the answer, and aiopg may say instead that it closed the connection.
+    A cancellation is always raised, whatever happens below: Python 3.11's wait_for, in aiopg, swallows one
+    that arrives together with the answer, and aiopg may report a closed connection instead.
     """
     before = _cancellations()
     try:
@@ -220,8 +218,7 @@ def _translated() -> Iterator[None]:
             raise
         raise translation from error
     except asyncio.CancelledError as error:
-        # aiopg turns the server's "canceling statement due to statement timeout" into a cancellation that
-        # nobody asked for.
+        # aiopg turns the server's "canceling statement due to statement timeout" into a CancelledError.
         if _cancellations() > before:
             raise
         raise DatabaseUnavailable("the server cancelled the statement") from error
@@ -234,7 +231,7 @@ def _translation(error: Exception) -> Exception | None:
         case psycopg2.OperationalError() | psycopg2.InterfaceError():
             return None
         case psycopg2.DataError() | psycopg2.IntegrityError() | ValueError():
-            # ValueError: a value that psycopg2 cannot send, or a time beyond Python's.
+            # ValueError: a value that psycopg2 cannot send, or a time that Python cannot represent.
             return ValueRefused(_one_line(error))
         case psycopg2.Error():
             return DatabaseRefused(_one_line(error))
@@ -277,7 +274,7 @@ async def open_database(
                 "SELECT set_config('TimeZone', 'UTC', false), set_config('statement_timeout', %s, false)",
                 (str(server_limit),),
             )
-            # A statement that was given up must not hold its locks while it waits for others'.
+            # An abandoned statement must not hold its locks while it waits for other locks.
             await cursor.execute(
                 "SELECT set_config('client_connection_check_interval', '250ms', false)"
                 " WHERE version() LIKE '%linux%'"

@@ -1,4 +1,4 @@
-"""Exports that are made again, in SQL: all the jobs of one export, and a new one for it."""
+"""Re-exports, in SQL: all jobs of one export, and a new job for it."""
 
 from uuid import UUID
 
@@ -6,7 +6,7 @@ from exportd.db.job_details import FIND_JOBS, JobDetails, details_of
 from exportd.db.packing import CHANNEL
 from exportd.db.pool import Session
 
-# Up and down the chain of re_export_of. UNION ends a ring, which an application's own table may hold.
+# Follows re_export_of in both directions. UNION ends a cycle, which an application's own table may hold.
 FIND_FAMILY = """
 WITH RECURSIVE family (job_id, re_export_of) AS (
     SELECT job_id, re_export_of FROM export_jobs WHERE job_id = %s
@@ -33,15 +33,14 @@ SELECT %s, user_id, 'pending', tool_data, now(), package_retention_days, pack_so
 
 
 async def lock_re_exports(session: Session, user_id: str) -> None:
-    """Lets one request at a time go on that exports a job of that user again; until the session's transaction
-    ends. Raises DatabaseUnavailable."""
-    await session.fetch_all(
+    """Serialises the re-exports of a user's jobs until the session's transaction ends. Raises
+    DatabaseUnavailable.""" await session.fetch_all(
         "SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", (f"exportd re-exports of {user_id}",)
     )
 
 
 async def find_family(session: Session, job_id: UUID) -> list[JobDetails]:
-    """All jobs of the export that the job is of, the newest first. Raises DatabaseUnavailable."""
+    """Returns all jobs of the export that the job belongs to, newest first. Raises DatabaseUnavailable."""
     family = [row[0] for row in await session.fetch_all(FIND_FAMILY, (job_id,))]
     found = [details_of(row) for row in await session.fetch_all(FIND_JOBS, (family,))]
     # A job without a time, in an application's own table, counts as the oldest.
@@ -49,7 +48,7 @@ async def find_family(session: Session, job_id: UUID) -> list[JobDetails]:
 
 
 async def count_waiting_re_exports(session: Session, user_id: str) -> int:
-    """How many re-exports of the user's wait or are under way. Raises DatabaseUnavailable."""
+    """The number of the user's re-exports that wait or run. Raises DatabaseUnavailable."""
     row = await session.fetch_one(COUNT_WAITING, (user_id,))
     assert row is not None
     number: int = row[0]
@@ -57,9 +56,9 @@ async def count_waiting_re_exports(session: Session, user_id: str) -> int:
 
 
 async def export_again(session: Session, job_id: UUID, new_id: UUID) -> JobDetails:
-    """Makes a job that exports the same again, and notifies whoever makes packages.
+    """Records a job that exports the same again, and notifies the packers.
 
-    Raises DatabaseUnavailable, and DatabaseRefused where the application's own table wants more.
+    Raises DatabaseUnavailable, and DatabaseRefused if the application's own table requires more columns.
     """
     await session.fetch_all(_EXPORT_AGAIN, (new_id, job_id))
     await session.fetch_all("SELECT pg_notify(%s, %s)", (CHANNEL, str(new_id)))

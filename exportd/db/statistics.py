@@ -1,4 +1,4 @@
-"""What the tables tell of downloads: of one job's package, or of all.
+"""Statistics of downloads, in SQL: of one job, or of all.
 
 Counts, times and bytes come from the jobs' rows, everything else from the events.
 """
@@ -28,7 +28,7 @@ SELECT NULL::text,
   FROM export_jobs
 """
 
-# The parameter is put in as a literal, so that the planner sees either a job or none.
+# psycopg2 inserts the parameter as a literal, so the planner sees whether there is a job id.
 
 _COUNT_USERS = """
 SELECT count(DISTINCT user_id)
@@ -36,7 +36,7 @@ SELECT count(DISTINCT user_id)
  WHERE (%(job_id)s::uuid IS NULL OR job_id = %(job_id)s::uuid) AND outcome = 'completed'
 """
 
-# Only whole downloads in one delivery: of parts, the time would say little.
+# Only downloads in one delivery. The duration of a part would say little.
 _SUM_BY_SIZE = """
 SELECT width_bucket(package_size_bytes, %(bounds)s::bigint[]),
        count(*),
@@ -69,9 +69,9 @@ SELECT job_id, user_id, started_at, outcome, reason, http_status, method, bytes_
 async def find_statistics(
     database: Database, job_id: UUID | None, size_bounds: Sequence[int]
 ) -> DownloadStatistics | None:
-    """How the job's package was downloaded; of None: how all were. None where there is no such job.
+    """Returns the statistics of a job, or of all jobs if ``job_id`` is None. None: there is no such job.
 
-    ``size_bounds``: where one range of package sizes ends and the next begins, in bytes, ascending.
+    ``size_bounds``: the bounds between the ranges of package sizes, in bytes, ascending.
 
     Raises DatabaseUnavailable.
     """

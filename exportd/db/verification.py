@@ -1,4 +1,4 @@
-"""What was recorded of packages, for verifying them, in SQL."""
+"""Recorded packages, for their verification, in SQL."""
 
 from dataclasses import dataclass
 from uuid import UUID
@@ -18,7 +18,7 @@ SELECT job_id, package_path::text, package_size_bytes::bigint, package_sha256::t
 _LIST_ONE = _LIST_PACKAGES.format(condition="job_id = %s")
 _LIST_NEXT = _LIST_PACKAGES.format(condition="job_id > %s")
 
-# Not if somebody recorded another package, or deleted it, while it was read.
+# Not if the job got another package, or lost it, while the file was read.
 _MARK_SUSPECT = """
 UPDATE export_jobs
    SET package_suspect_since = coalesce(package_suspect_since, now())
@@ -44,8 +44,8 @@ class RecordedPackage:
 
 
 async def list_packages(database: Database, job_id: UUID | None, after: UUID | None) -> list[RecordedPackage]:
-    """The package of ``job_id``, or the next ones by id; empty at the end. Raises DatabaseUnavailable."""
-    if job_id is not None:
+    """Returns the package of ``job_id``, or the next ones by id. Empty at the end. Raises
+    DatabaseUnavailable.""" if job_id is not None:
         rows = [] if after else await database.fetch_all(_LIST_ONE, (job_id,))
     else:
         rows = await database.fetch_all(_LIST_NEXT, (after or UUID(int=0),))
@@ -53,11 +53,11 @@ async def list_packages(database: Database, job_id: UUID | None, after: UUID | N
 
 
 async def mark_suspect(database: Database, package: RecordedPackage) -> None:
-    """The package is served no longer. Raises DatabaseUnavailable."""
+    """Marks the package as suspect, so that it is not served. Raises DatabaseUnavailable."""
     await database.fetch_all(_MARK_SUSPECT, (package.job_id, package.package_path, package.sha256))
 
 
 async def mark_sound(database: Database, package: RecordedPackage) -> bool:
-    """The package is served again; False: another one was recorded since. Raises DatabaseUnavailable."""
+    """Clears the mark, so that the package is served again. False: the job has another package now. Raises DatabaseUnavailable."""
     values = (package.job_id, package.package_path, package.sha256)
     return await database.fetch_one(_MARK_SOUND, values) is not None

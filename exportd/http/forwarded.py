@@ -13,8 +13,8 @@ _ADDRESS = re.compile(r"\[([^\]]*)\](?::\d+)?|([\d.]+)(?::\d+)?", re.ASCII)
 def client_address(peer: str, forwarded: Iterable[str], trusted: Collection[Network]) -> str:
     """The address of the client: the first that is no trusted proxy's, from the peer on.
 
-    ``forwarded`` holds the addresses that proxies forwarded, the nearest first. What a proxy that nobody trusts has
-    written down counts for nothing and is not read, and the walk ends at what cannot be read.
+    ``forwarded`` holds the addresses that proxies forwarded, the nearest first. What a proxy that nobody
+    trusts has written down counts for nothing and is not read, and the walk ends at what cannot be read.
     """
     present = parse_address(peer)
     if present is None:
