@@ -119,8 +119,11 @@ async def find_link(database: Database, ticket_sha256: bytes) -> Link | None:
 
 
 async def mark_begun(database: Database, link: Link) -> None:
-    """Records that a download by the link has started, so that it can be resumed. Raises
-    DatabaseUnavailable.""" if not link.is_begun:
+    """Records that a download by the link has started, so that it can be resumed.
+
+    Raises DatabaseUnavailable.
+    """
+    if not link.is_begun:
         await database.fetch_all(_BEGIN, (link.ticket_sha256,))
 
 

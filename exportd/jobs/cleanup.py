@@ -1,8 +1,9 @@
-"""The cleanup: packages and events whose time has come go, on a schedule.
+"""The cleanup: deletes expired packages and old events, on a schedule.
 
-One at a time in the fleet, by a lock of the database. A package's file goes first and its row follows, in one
-transaction for each batch: a crash in between leaves a row whose file is missing, which the next run takes
-for deleted. Nothing goes while somebody may still resume its download.
+A session lock of the database lets one cleanup run at a time in the whole fleet. Each batch is a transaction
+that unlinks the files before it updates the rows: a crash in between leaves rows whose files are missing, and
+the next run marks them as deleted. The cleanup keeps a package while a principal may still resume its
+download.
 """
 
 import asyncio
@@ -40,17 +41,18 @@ log = structlog.get_logger()
 
 _LOCK = "exportd cleanup"
 _BATCH = 50
-# A batch holds its rows' locks, and the ledger writes to those rows.
+# A batch locks its rows, and the ledger writes to the same rows.
 _BATCH_SECONDS = 0.5
-# How much longer than a batch the pause after it is.
+# The pause after a batch, as a multiple of the batch's duration.
 _REST = 2.0
-# How much the clocks of this machine and the database may differ, for which scheduled run this is.
+# The tolerated difference between this machine's clock and the database's, to tell which scheduled run this
+# is.
 _CLOCK_TOLERANCE = timedelta(seconds=5)
 _MAX_NAMES = 100
 
 
 class CleanupRefused(OperatorError):
-    """The cleanup will not run. The message says why, for the operator."""
+    """The cleanup refuses to run. The message says why, for the operator."""
 
 
 @dataclass(slots=True)
@@ -67,7 +69,7 @@ class CleanupSummary:
 
 @dataclass(slots=True)
 class Orphans:
-    """Files that no job points to: all of them, and the first names."""
+    """Files that no job points to: their number, and the first names."""
 
     count: int = 0
     bytes: int = 0
@@ -77,7 +79,7 @@ class Orphans:
 
 @dataclass(frozen=True, slots=True)
 class Cleanup:
-    """What is cleaned up, and by which rules. ``event_days`` 0: events stay."""
+    """The cleanup and its rules. ``event_days`` 0 keeps events for ever."""
 
     database: Database
     store: PackageStore
@@ -88,8 +90,8 @@ class Cleanup:
     async def run(self, *, due_at: Callable[[datetime], datetime] | None = None) -> CleanupSummary | None:
         """Deletes expired packages and old events, logs one line and records the run.
 
-        ``due_at`` tells the last scheduled time before another one: where a run has started since then,
-        nothing is done. None: nothing was done. Raises CleanupRefused, DatabaseError.
+        ``due_at`` returns the last scheduled time before a given one. If a run has started since then, this
+        run does nothing and returns None. Raises CleanupRefused, DatabaseError.
         """
         if not self.store.is_marked():
             raise CleanupRefused(
@@ -119,7 +121,7 @@ class Cleanup:
         return summary
 
     async def look(self) -> CleanupSummary:
-        """What ``run`` would do to packages. Raises DatabaseError."""
+        """Reports what ``run`` would do to packages. Raises DatabaseError."""
         summary, last = CleanupSummary(), None
         while packages := await take_expired(self.database, last, _BATCH, self.grace, lock=False):
             last = packages[-1]
@@ -130,7 +132,7 @@ class Cleanup:
         return summary
 
     async def run_scheduled(self, due_at: Callable[[datetime], datetime]) -> None:
-        """As ``run``; what goes wrong is logged. Raises nothing but cancellation."""
+        """Like ``run``, but logs errors. Raises only cancellation."""
         try:
             await self.run(due_at=due_at)
         except CleanupRefused as error:
@@ -159,14 +161,14 @@ class Cleanup:
                     return
                 last, deleted = await asyncio.to_thread(self._unlink, packages, summary)
                 await mark_deleted(session, deleted)
-            # Downloads need the disk, the database and the processor too, and nobody waits for this.
+            # Downloads need the disk, the database and the processor too, and the cleanup is not urgent.
             await asyncio.sleep(_REST * (time.monotonic() - started))
 
     def _unlink(
         self, packages: list[ExpiredPackage], summary: CleanupSummary
     ) -> tuple[ExpiredPackage, list[uuid.UUID]]:
-        """Unlinks as many as half a second allows, one at least. The last one looked at, and the jobs that
-        are without a package now."""
+        """Unlinks packages for half a second, at least one. Returns the last package of the batch, and the
+        jobs whose packages are gone."""
         until = time.monotonic() + _BATCH_SECONDS
         deleted: list[uuid.UUID] = []
         for package in packages:
@@ -192,7 +194,7 @@ class Cleanup:
 async def find_orphans(
     database: Database, store: PackageStore, older_than_days: float, *, remove: bool
 ) -> Orphans:
-    """Files in the storage that no job points to and nobody has touched for so long.
+    """Returns files in the storage that no job points to and that were not modified for a time.
 
     Raises CleanupRefused, OSError, DatabaseError.
     """
@@ -207,7 +209,8 @@ async def find_orphans(
             if max(status.st_mtime, status.st_ctime) < before
         }
 
-    # The files first: a package that is published meanwhile is not among them, or its job is found.
+    # List the files before the jobs: a package that is published in between is either not listed, or its job
+    # is found.
     found = await asyncio.to_thread(list_old)
     after = FIRST_ID
     while rows := await list_package_paths(database, after):
@@ -229,8 +232,8 @@ async def find_orphans(
 
 
 async def claim_storage(database: Database, store: PackageStore) -> None:
-    """Marks the root as the storage, if that is beyond doubt: the database knows no package, or one of its
-    newest is really there. Raises DatabaseUnavailable and OSError."""
+    """Marks the root as the storage if that is certain: the database has no packages, or one of its newest is
+    there. Raises DatabaseUnavailable and OSError."""
     if store.is_marked():
         return
     paths = await newest_package_paths(database)
@@ -255,9 +258,10 @@ async def on_schedule(
     timezone: str,
     run: Callable[[Callable[[datetime], datetime]], Coroutine[None, None, None]],
 ) -> AsyncIterator[None]:
-    """Runs ``run`` by a crontab line, in the time of a zone, while the block lasts; never twice at once.
+    """Runs ``run`` on a crontab schedule, in a time zone, while the block runs; never twice at once.
 
-    Also at the start, for a run that was missed: ``run`` is told how to find the last scheduled time.
+    Also runs it at the start, to catch up on a missed run. ``run`` gets a function that returns the last
+    scheduled time.
     """
     lock = asyncio.Lock()
     running: set[asyncio.Task[None]] = set()

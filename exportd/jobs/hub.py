@@ -1,6 +1,6 @@
-"""The hub: follows the jobs that somebody watches.
+"""The hub: follows the jobs that event streams watch.
 
-One hub in each process looks once a second at all watched jobs, whatever their number.
+Each process has one hub. It queries all watched jobs together, once a second.
 """
 
 import asyncio
@@ -29,20 +29,20 @@ _MAX_DOWNLOADS = 32
 
 
 class Watch:
-    """One reader's view of a job: the latest that the hub saw."""
+    """One stream's view of a job, as of the hub's last query."""
 
     def __init__(self, job_id: UUID, user_id: str) -> None:
         self.job_id = job_id
         self.user_id = user_id
         self.details: JobDetails | None = None
         self.downloads: list[RunningDownload] = []
-        # What the reader has of the package, of deliveries that ended.
+        # Bytes of the package that the user has, from deliveries that ended.
         self.received = 0
         self.changed = asyncio.Event()
 
 
 class JobHub:
-    """Looks at the jobs that are watched. Idle while none is."""
+    """Queries the watched jobs. Idle while there are none."""
 
     def __init__(self, database: Database, ledger: DownloadLedger) -> None:
         self._database = database
@@ -52,7 +52,7 @@ class JobHub:
 
     @contextlib.contextmanager
     def watch(self, job_id: UUID, user_id: str) -> Iterator[Watch]:
-        """A user's view of the job that is kept up to date while the block lasts."""
+        """A user's view of the job, kept up to date while the block runs."""
         watch = Watch(job_id, user_id)
         self._watches.add(watch)
         self._is_watched.set()
@@ -64,21 +64,22 @@ class JobHub:
                 self._is_watched.clear()
 
     async def run(self) -> None:
-        """Looks until it is cancelled."""
+        """Queries until it is cancelled."""
         while True:
             await self._is_watched.wait()
             try:
                 await self.look(self._watches)
             except DatabaseError as error:
-                # Readers keep what they have; it goes on when the database is back.
+                # The views stay as they are until the database is back.
                 log.warning("job_events_delayed", error=str(error))
             await asyncio.sleep(_LOOK_SECONDS)
 
     async def look(self, watches: Collection[Watch]) -> None:
-        """Brings those views up to date. Raises DatabaseUnavailable."""
+        """Updates the views. Raises DatabaseUnavailable."""
         watched = list({watch.job_id for watch in watches})
-        # In this order: one that ends meanwhile may seem to run for a moment longer, and never to have ended
-        # with nothing to show for it. This process's own are known to the moment, and before they are rows.
+        # The order matters: a delivery that ends meanwhile may seem to run for a moment longer, but its bytes
+        # are never missing. The ledger knows this process's own deliveries to the byte, even before they are
+        # rows.
         own = [_as_it_runs(event) for event in self._ledger.running(watched)]
         written = await find_running_downloads(self._database, watched)
         await self._ledger.finish_recording(watched)
@@ -94,7 +95,7 @@ class JobHub:
                 watch.changed.set()
 
     def streams_of(self, user_id: str) -> int:
-        """How many views the user has at the moment."""
+        """The number of the user's views."""
         return sum(watch.user_id == user_id for watch in self._watches)
 
 

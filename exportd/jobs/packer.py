@@ -1,8 +1,8 @@
-"""The packer: a process of its own that makes packages of jobs that wait, one at a time.
+"""The packer: a process that makes the packages of waiting jobs, one at a time.
 
-It goes by an id that it keeps in the data folder, under a lock that only a living process holds: so a packer
-that starts again knows the job that its killed predecessor left, and takes it up. Packers of other machines
-take it when they have not heard of it for a minute.
+Its id is in the data folder, under a lock that only a running process holds. So a packer that starts after a
+kill knows the job of its predecessor and continues with it. Packers on other machines take the job after a
+minute without a heartbeat.
 """
 
 import asyncio
@@ -41,12 +41,12 @@ _NICENESS = 10
 
 
 class JobLost(Exception):
-    """The job is somebody else's now, or the packer is to stop: what was packed is discarded."""
+    """Another packer has the job now, or this packer must stop. The draft is discarded."""
 
 
 @contextlib.contextmanager
 def packer_identity(data_dir: Path) -> Iterator[uuid.UUID]:
-    """The packer's id, which nobody else goes by while the block lasts; waits for a packer that still does.
+    """The packer's id, reserved while the block runs. Waits for a packer that still holds it.
 
     Raises OSError.
     """
@@ -91,7 +91,7 @@ class Packer:
         self._poll_seconds = poll_seconds
 
     async def run(self) -> None:
-        """Packs until it is cancelled; a job that it is at is given back then."""
+        """Packs until it is cancelled, and gives back the job that it holds then."""
         os.nice(_NICENESS)
         log.info("packer_started", packer_id=str(self._id), source_roots=[str(p) for p in self._source_roots])
         is_released = False
@@ -144,8 +144,8 @@ class Packer:
 
     @contextlib.asynccontextmanager
     async def _drafted(self, job: PackingJob, source: Source, total: int) -> AsyncIterator[DraftPackage]:
-        """The job's draft, packed in a thread, with signs of life meanwhile. Raises JobLost and PackError."""
-        read, is_over = 0, threading.Event()
+        """The job's draft. A thread packs it while this task sends heartbeats. Raises JobLost and
+        PackError.""" read, is_over = 0, threading.Event()
 
         def progress(count: int) -> None:
             nonlocal read
@@ -170,7 +170,7 @@ class Packer:
             yield draft
         except BaseException:
             is_over.set()
-            # The thread sees it at its next read, and removes what it wrote.
+            # The thread notices it at its next read and removes the draft.
             await asyncio.wait([filling])
             raise
         finally:
@@ -180,7 +180,7 @@ class Packer:
                 await asyncio.to_thread(stack.close)
 
     async def _complete(self, job: PackingJob, draft: DraftPackage) -> None:
-        """Places the package and records it, while the job's row is held. Raises JobLost and PackError."""
+        """Places the package and records it, with the job's row locked. Raises JobLost and PackError."""
         async with self._database.session() as session, session.transaction():
             if not await hold_job(session, job, self._id):
                 raise JobLost
@@ -193,8 +193,8 @@ class Packer:
                 size_bytes=draft.size_bytes,
                 sha256=draft.sha256,
             )
-            # If the answer to COMMIT is lost, nobody knows: a package without a row wastes space, a row
-            # without its package is a lie.
+            # If the answer to COMMIT is lost, the outcome is unknown. A package without a row wastes space; a
+            # row without its package promises what is not there.
             draft.keep()
 
     async def _note_failure(self, job: PackingJob, error: Exception) -> None:

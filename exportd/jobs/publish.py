@@ -1,4 +1,4 @@
-"""Publishing: a package that is made becomes a completed job."""
+"""Publishing: records a finished package as a completed job."""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -11,7 +11,7 @@ from exportd.db.pool import Database, DatabaseUnavailable
 
 @dataclass(frozen=True, slots=True)
 class Publication:
-    """Whose package it is, what was exported, and how long to keep it."""
+    """The user, the exported tool and the retention of a package."""
 
     user_id: str
     tool_name: str

@@ -1,6 +1,6 @@
-"""Verifying packages: each is read again, and its SHA-256 compared with what was recorded.
+"""Verification of packages: reads each one and compares its SHA-256 with the recorded one.
 
-At idle priority, and without pushing what downloads need out of the page cache.
+It runs at idle priority and does not evict the downloads' pages from the page cache.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ _READ_BYTES = 1024 * 1024
 
 @dataclass(slots=True)
 class Verification:
-    """How many packages there were, by what was found. ``unknown``: no digest was ever recorded."""
+    """The number of packages by result. ``unknown``: no digest was recorded."""
 
     sound: int = 0
     damaged: int = 0
@@ -36,7 +36,7 @@ class Verification:
 
 
 def become_idle() -> None:
-    """Lets everybody else have the processor and the disk first, as far as the system can."""
+    """Gives other processes priority on the processor and the disk, as far as the system can."""
     process = psutil.Process()
     with contextlib.suppress(psutil.Error, OSError):
         process.nice(19)
@@ -45,10 +45,10 @@ def become_idle() -> None:
 
 
 async def verify_packages(database: Database, store: PackageStore, job_id: UUID | None) -> Verification:
-    """Verifies the package of one job, or all of them, and marks those that are damaged as suspect; one that
-    was suspect and is sound is so no longer.
+    """Verifies the package of one job, or all packages. Marks damaged ones as suspect, and clears the mark of
+    sound ones.
 
-    Raises OSError for nothing that concerns one package alone, and DatabaseUnavailable.
+    Raises DatabaseUnavailable, and OSError if it concerns more than one package.
     """
     found = Verification()
     async for package in _packages(database, job_id):

@@ -1,4 +1,4 @@
-"""What must hold before a delivery: permission, a valid link, and a package that can be opened."""
+"""Checks before a delivery: permission, the link, and opening the package."""
 
 import structlog
 from aiohttp import web
@@ -26,10 +26,10 @@ log = structlog.get_logger()
 async def check_permission(
     request: web.Request, principal: Principal, job: Job, *, may_resume: bool = True
 ) -> ApiError | None:
-    """Raises what a principal is answered who may not download the package now.
+    """Raises the error if the principal may not download the package now.
 
-    ``may_resume``: of an expired one, what was begun may be resumed for the grace time. Then this returns
-    what to answer should the request turn out to ask for the whole package again.
+    ``may_resume``: unfinished downloads of an expired package may be resumed for the grace time. Then this
+    returns the error for a request that asks for the whole package again.
     """
     match decide_download(principal, job, request.app[SERVICES].settings.retention.resume_grace):
         case Decision.UNAUTHORIZED:
@@ -51,7 +51,7 @@ async def check_permission(
 
 
 async def _is_resume(request: web.Request, principal: Principal, job: Job) -> bool:
-    """Whether the request may go on with a download that the principal began, or asks how to (HEAD)."""
+    """Whether the request resumes an unfinished download of the principal, or prepares to (HEAD)."""
     if request.method != "HEAD" and "Range" not in request.headers:
         return False
     await request.app[SERVICES].ledger.settle(job.job_id)
@@ -59,9 +59,9 @@ async def _is_resume(request: web.Request, principal: Principal, job: Job) -> bo
 
 
 async def check_link(request: web.Request, link: Link, principal: Principal, job: Job) -> ApiError | None:
-    """Raises LinkExpired where the link's time is up, or the package is not the one it was made for.
+    """Raises LinkExpired if the link has expired, or was made for another package.
 
-    Returns it where the link may only resume what it began.
+    Returns the error if the link may only resume.
     """
     if link.package_sha256 != job.package_sha256:
         raise refuse_link(request, "replaced")
@@ -80,7 +80,7 @@ def _denied(error: ApiError) -> ApiError:
 
 
 def open_package(request: web.Request, job: Job) -> OpenPackage:
-    """The job's package, for the caller to close. Raises FileNotFound and StorageError."""
+    """Opens the job's package; the caller closes it. Raises FileNotFound and StorageError."""
     assert job.package_path is not None
     try:
         return request.app[SERVICES].storage.open(job.package_path, job.package_size_bytes)

@@ -22,7 +22,7 @@ _TICKET_BYTES = 32
 
 @documented(operations.MAKE_LINK)
 async def make_download_link(request: web.Request) -> web.Response:
-    """Makes a link that downloads the package as the caller, who may do so now."""
+    """Makes a link that downloads the package as the caller, if the caller may download it now."""
     job_id = requested_job_id(request)
     principal = await authenticate(request)
     job = await request.app[SERVICES].jobs.find_job(job_id)
@@ -31,7 +31,7 @@ async def make_download_link(request: web.Request) -> web.Response:
     await check_permission(request, principal, job, may_resume=False)
     with open_package(request, job):
         pass
-    # What a download would be refused for now is told here: a browser's download manager says nothing of it.
+    # Report now what a download would be rejected for: a browser's download manager does not show it.
     limiter = request.app[SERVICES].limiter
     await limiter.check_quota(request.app[SERVICES].database, principal)
     with limiter.delivery(principal, job_id):
@@ -57,7 +57,7 @@ async def make_download_link(request: web.Request) -> web.Response:
 
 @documented(operations.REVOKE_LINKS)
 async def revoke_download_links(request: web.Request) -> web.Response:
-    """Ends the links to a package: all of them for its creator and for admins; for who was that once, those
+    """Revokes the links to a package: all of them for its creator and for admins; for other users the links
     that they made."""
     job_id = requested_job_id(request)
     principal = await authenticate(request)

@@ -1,4 +1,4 @@
-"""Who is asking for which job: the first steps of every handler under the base path."""
+"""Authentication and the requested job: the first steps of every handler under the base path."""
 
 import hashlib
 import re
@@ -21,13 +21,13 @@ from exportd.web.services import SERVICES
 
 log = structlog.get_logger()
 
-# UUID() alone would also take braces, "urn:uuid:" and hyphens anywhere.
+# UUID() also accepts braces, "urn:uuid:" and hyphens anywhere.
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII | re.IGNORECASE)
 _CHALLENGE = 'Bearer realm="exportd"'
 
 
 def requested_job_id(request: web.Request) -> UUID:
-    """The job id of the path. Raises InvalidJobId."""
+    """Returns the job id of the path. Raises InvalidJobId."""
     text = request.match_info["job_id"]
     if not _UUID.fullmatch(text):
         raise InvalidJobId
@@ -36,8 +36,10 @@ def requested_job_id(request: web.Request) -> UUID:
 
 
 async def authenticate(request: web.Request) -> Principal:
-    """The principal of the request's bearer token (RFC 6750). Raises Unauthenticated,
-    RateLimited, and IdentityProviderUnavailable where nobody can tell whether the token is good."""
+    """Returns the principal of the request's bearer token (RFC 6750).
+
+    Raises Unauthenticated, LimitExceeded, and IdentityProviderUnavailable if the token cannot be verified
+    now."""
     fields = request.headers.getall("Authorization", [])
     if not fields:
         raise _unauthenticated(request, None, _CHALLENGE)
@@ -59,14 +61,15 @@ async def authenticate(request: web.Request) -> Principal:
 
 
 def ticket_digest(ticket: str) -> bytes:
-    """What is kept of a ticket. It is random, and so needs no salt."""
+    """The digest that the database holds. A ticket is random, so it needs no salt."""
     return hashlib.sha256(ticket.encode("utf-8", "surrogatepass")).digest()
 
 
 async def find_requested_link(request: web.Request, job_id: UUID) -> Link | None:
-    """The link by which the request comes, if it does: one whose ``ticket`` is for this job, and not revoked.
+    """Returns the link of the request's ``ticket``, or None without a ticket. The link is for this job and
+    not revoked.
 
-    Its times are not looked at. Raises LinkExpired and RateLimited.
+    The caller checks its times. Raises LinkExpired and LimitExceeded.
     """
     tickets = request.query.getall("ticket", [])
     if not tickets:
@@ -86,12 +89,12 @@ async def find_requested_link(request: web.Request, job_id: UUID) -> Link | None
 
 
 def link_principal(link: Link) -> Principal:
-    """As whom a link downloads."""
+    """The principal that a link downloads as."""
     return Principal(link.user_id, link.is_admin, by_link=True)
 
 
 def refuse_link(request: web.Request, reason: str) -> LinkExpired:
-    """Logs an attempt by a dead link; the error to raise."""
+    """Logs a rejected link and returns the error to raise."""
     request.app[SERVICES].metrics.access_refused("bad_link")
     log.warning("download_link_refused", reason=reason)
     return LinkExpired()
@@ -105,7 +108,7 @@ def _unauthenticated(request: web.Request, reason: str | None, challenge: str) -
 
 
 def refuse(request: web.Request, creator: str) -> DownloadUnauthorized:
-    """Logs an attempt on somebody else's job; the error to raise."""
+    """Logs an attempt on another user's job and returns the error to raise."""
     request.app[SERVICES].metrics.access_refused("not_permitted")
     log.warning("download_denied", reason="neither creator nor admin", creator=creator)
     return DownloadUnauthorized()

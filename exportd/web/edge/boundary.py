@@ -1,4 +1,5 @@
-"""What every request meets first and last: an id, one shape for all errors, and a place in the drain."""
+"""The middleware around every handler: the request's context, checks that need no handler, errors, and
+draining."""
 
 import math
 import re
@@ -31,14 +32,15 @@ from exportd.web.services import SERVICES, Services
 
 log = structlog.get_logger()
 
-# RFC 9110, section 7.2: a host and, maybe, a port; neither a user nor a path.
+# RFC 9110, section 7.2: a host and an optional port, without user or path.
 _HOST = re.compile(r"(\[[^][/?#@\s]*\]|[^][/?#@:\s]*)(?::[0-9]{0,5})?", re.ASCII)
 _NO_WEIGHT = re.compile(r"q=0(?:\.0*)?", re.ASCII)
-# Whoever asks too much holds no place; and after what two readers could understand differently comes nothing.
+# A client over a limit must not hold a connection. After a request that two parsers may read differently,
+# nothing else may follow on the connection.
 _END_THE_CONNECTION = (BadRequest, RateLimited, QuotaExceeded)
 _SERVER = "exportd"
 _NOTHING_TO_LOAD = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-# A probe must be able to tell "draining" from "gone"; a drain may take an hour, and is worth watching.
+# Probes and scrapes are answered during a drain, which may take an hour.
 _HEALTH = ("/healthz", "/readyz")
 _PROBES = (*_HEALTH, "/metrics")
 
@@ -104,7 +106,7 @@ def limit_error(services: Services, error: LimitExceeded) -> ApiError:
 
 
 def _check_admission(request: web.Request) -> None:
-    """Raises the ApiError of a request that no handler is to see."""
+    """Raises the ApiError of a request that must not reach a handler."""
     if request.app[SERVICES].lifecycle.is_draining and request.path not in _PROBES:
         raise ShuttingDown
     _check_framing(request)
@@ -115,19 +117,19 @@ def _check_admission(request: web.Request) -> None:
 
 
 async def set_common_headers(request: web.Request, response: web.StreamResponse) -> None:
-    """A response signal: what every answer carries."""
+    """A response signal: sets the headers that every response has."""
     request_id = request_id_of(request)
-    # What a page may load is for its handler to say.
+    # The handler of a page says what the page may load.
     policy = response.headers.get("Content-Security-Policy", _NOTHING_TO_LOAD)
     response.headers.update({**common_headers(request_id), "Content-Security-Policy": policy})
 
 
 def common_headers(request_id: str) -> dict[str, str]:
-    """What every answer carries."""
+    """The headers that every response has."""
     return {
         "X-Request-ID": request_id,
         "X-Content-Type-Options": "nosniff",
-        # An address may hold a ticket.
+        # A URL may contain a ticket.
         "Referrer-Policy": "no-referrer",
         "Content-Security-Policy": _NOTHING_TO_LOAD,
         "Server": _SERVER,
@@ -146,7 +148,7 @@ def _check_host(request: web.Request) -> None:
     fields = request.headers.getall("Host", [])
     if len(fields) > 1 or (not fields and request.version >= HttpVersion11):
         raise BadRequest
-    # A target in absolute form goes before the field (RFC 9112, section 3.2.2).
+    # A target in absolute form overrides the Host field (RFC 9112, section 3.2.2).
     is_absolute = not request.raw_path.startswith(("/", "*"))
     try:
         authority = urlsplit(request.raw_path).netloc if is_absolute else "".join(fields)
@@ -161,14 +163,14 @@ def _check_host(request: web.Request) -> None:
 
 
 def _check_framing(request: web.Request) -> None:
-    """Raises BadRequest where a proxy in front could see another end of the body (RFC 9112, section 6.1)."""
+    """Raises BadRequest if a proxy could see another end of the body (RFC 9112, section 6.1)."""
     codings = request.headers.getall("Transfer-Encoding", [])
     if codings and (request.version < HttpVersion11 or [coding.lower() for coding in codings] != ["chunked"]):
         raise BadRequest
 
 
 def _is_for_a_person(request: web.Request) -> bool:
-    """Whether a browser goes to this address, as to a link; a page's own requests ask for anything."""
+    """Whether a browser opens this address. Requests of scripts accept any type."""
     if request.method != "GET":
         return False
     for item in request.headers.get("Accept", "").lower().split(","):

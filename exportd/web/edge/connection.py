@@ -1,4 +1,4 @@
-"""Connections before they are requests: what may come in, how soon, and the answer to what is no HTTP."""
+"""Connections: their number, the time and size of a request's head, and responses to malformed requests."""
 
 import asyncio
 import secrets
@@ -34,7 +34,7 @@ _MAX_LINE_BYTES = 8190
 _MAX_FIELDS = 100
 _MAX_HEAD_BYTES = 65536
 _VERSIONS = (HttpVersion11, HttpVersion10)
-# A body that nobody asked for is read and thrown away for this long, so that its sender sees the answer.
+# An unwanted body is read and discarded for this long, so that its sender sees the response.
 _LINGERING_SECONDS = 2.0
 _BETWEEN_WARNINGS_SECONDS = 60.0
 
@@ -67,7 +67,7 @@ class ConnectionServer(web.Server):
             max_line_size=_MAX_LINE_BYTES,
             max_field_size=_MAX_LINE_BYTES,
             max_headers=_MAX_FIELDS,
-            # Bodies are thrown away, and not unpacked for it.
+            # Bodies are discarded, so they need no decompression.
             auto_decompress=False,
         )
         self._max_connections = max_connections
@@ -78,7 +78,7 @@ class ConnectionServer(web.Server):
         return Connection(self, loop=self._loop, **self._kwargs)
 
     def admit(self, address: str) -> Refusal | None:
-        """Why there is no room for one more connection of that address; None: there is, and it is taken."""
+        """Counts a connection of the address. Returns why it must be closed, or None if there is room."""
         if len(self._connections) >= self._max_connections:
             return Refusal.TOO_MANY
         allowed, who = self.settings.limits.connections_per_address, subscriber(address)
@@ -88,19 +88,19 @@ class ConnectionServer(web.Server):
         return None
 
     def left(self, address: str) -> None:
-        """Gives back what ``admit`` took."""
+        """Ends what ``admit`` counted."""
         who = subscriber(address)
         self._by_address[who] -= 1
         if not self._by_address[who]:
             del self._by_address[who]
 
     def is_proxy(self, address: str) -> bool:
-        """Whether it is one that speaks for others."""
+        """Whether the address is a trusted proxy's."""
         parsed = parse_address(address)
         return parsed is not None and any(parsed in network for network in self.services.trusted_proxies)
 
     def refused(self, reason: Refusal) -> None:
-        """Notes a connection that was closed for what it did, or did not do."""
+        """Counts a connection that the server closed."""
         self.services.metrics.connection_refused(reason)
         if reason is Refusal.TOO_MANY and time.monotonic() - self._warned_at > _BETWEEN_WARNINGS_SECONDS:
             self._warned_at = time.monotonic()
@@ -108,8 +108,8 @@ class ConnectionServer(web.Server):
 
 
 class Connection(RequestHandler):
-    """aiohttp's connection: limits the time and the size of a request's head, answers each request once, and
-    ends when its client takes nothing."""
+    """aiohttp's connection, with limits on the time and size of a request's head. It sends one response to
+    each request, and ends when its client acknowledges nothing."""
 
     __slots__ = ("_address", "_head_bytes", "_head_timer", "_server", "_stall_guard")
 
@@ -179,27 +179,28 @@ class Connection(RequestHandler):
         if transport is None or guard is None:
             raise ConnectionResetError("the client has left")
         if request._version not in _VERSIONS:
-            # aiohttp 3.14 keeps what its property returns first, and writes it into the answer.
+            # aiohttp 3.14 caches the version on first use, and writes it into the response.
             request._version = HttpVersion11
             request_handler = self._refuse_version
         with guard:
             answered = await super()._handle_request(request, start_time, request_handler)
-            # A client that sends many requests and reads no answer would fill the memory.
+            # Otherwise a client that sends many requests and reads no response fills the memory.
             await wait_until_handed_over(transport)
             return answered
 
     async def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
     ) -> tuple[web.StreamResponse, bool]:
-        # The handler, a middleware or a signal failed after the headers. A client would read another answer
-        # as the rest of the first one; a proxy as the answer to the next request, maybe another user's.
+        # The handler, a middleware or a signal failed after the headers were sent. A client would read a
+        # second response as the rest of the first, and a proxy as the response to the next request, maybe of
+        # another user.
         if request.writer.output_size > 0 and not (isinstance(resp, web.StreamResponse) and resp.prepared):
             self._abort()
             return resp, True
         return await super().finish_response(request, resp, start_time)
 
     def _abort(self) -> None:
-        """Closes the connection at once; bytes that are not sent yet are dropped."""
+        """Closes the connection immediately and drops unsent bytes."""
         self._force_close = True
         if self.transport is not None:
             self.transport.abort()
@@ -212,7 +213,8 @@ class Connection(RequestHandler):
         exc: BaseException | None = None,
         message: str | None = None,
     ) -> web.StreamResponse:
-        """The answer to what is no request, in our envelope. What came is not logged: it may hold a token."""
+        """The response to a malformed request, in the usual form. The request is not logged, because it may
+        hold a token."""
         if request.writer.output_size > 0:
             self._abort()
             raise ConnectionError("an answer is under way already")
@@ -229,13 +231,13 @@ class Connection(RequestHandler):
         return _last_answer(error if isinstance(error, RateLimited) else HttpVersionNotSupported())
 
     def _malformed(self, address: str, exc: BaseException | None) -> ApiError:
-        """Notes what is no HTTP; it counts as a request of its address."""
+        """Counts a malformed request, also against the limit of its address."""
         self._server.refused(Refusal.MALFORMED)
         limiter = self._server.services.limiter
         if limiter.may_log("malformed", address):
             log.info("request_malformed", reason=type(exc).__name__, client=address)
         try:
-            # A proxy would be blamed for its clients.
+            # A proxy is not responsible for its clients.
             if not self._server.is_proxy(address):
                 limiter.check_address(address)
         except LimitExceeded as error:
@@ -246,7 +248,7 @@ class Connection(RequestHandler):
 
 
 def _last_answer(error: ApiError) -> web.Response:
-    """The answer to what does not reach the edge; the connection ends with it."""
+    """The response to a request that does not reach the middleware. The connection ends with it."""
     request_id = secrets.token_hex(16)
     response = error_response(error, request_id)
     response.headers.update(common_headers(request_id))

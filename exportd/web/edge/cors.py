@@ -1,10 +1,10 @@
-"""Pages of other origins (CORS in the Fetch standard): who may call, send what, and read what."""
+"""CORS (Fetch standard): which origins may send requests, and which fields they may send and read."""
 
 from aiohttp import web
 
 from exportd.web.services import SERVICES
 
-# A token is sent by the page itself; cookies never matter here, so no credentials mode.
+# Pages send the token themselves. There are no cookies, so no credentials mode.
 _METHODS = "GET, HEAD, POST, DELETE"
 _REQUEST_FIELDS = (
     "Authorization, Content-Type, If-Match, If-None-Match, If-Range, Last-Event-ID, Range, Want-Repr-Digest,"
@@ -18,7 +18,7 @@ _PREFLIGHT_SECONDS = 600
 
 
 def answer_preflight(request: web.Request) -> web.Response | None:
-    """The answer to a listed origin's question whether it may send a request; None: it is not one."""
+    """Returns the response to a preflight request of a listed origin, or None for other requests."""
     is_preflight = request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers
     if not is_preflight or _listed_origin(request) is None:
         return None
@@ -33,10 +33,10 @@ def answer_preflight(request: web.Request) -> web.Response | None:
 
 
 async def allow_origin(request: web.Request, response: web.StreamResponse) -> None:
-    """A response signal: a page of a listed origin may read the answer, whichever it is."""
+    """A response signal: lets pages of listed origins read every response."""
     if not request.app[SERVICES].settings.server.cors_origins:
         return
-    # Also where the origin is not listed, or there is none: a cache must not hand this answer to a page.
+    # Set it for other origins too: a cache must not give this response to a page of another origin.
     vary = response.headers.get("Vary")
     response.headers["Vary"] = f"{vary}, Origin" if vary else "Origin"
     if (origin := _listed_origin(request)) is not None:

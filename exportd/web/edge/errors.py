@@ -1,6 +1,7 @@
-"""Every error a client can meet: one class a row, with its stable code and status.
+"""The table of errors that clients can get: a class for each, with its public message, its stable code and
+its status.
 
-The docstring is the public sentence. An error never shows a path, a query or a traceback.
+An error never contains a path, a query or a traceback.
 """
 
 import html
@@ -12,7 +13,7 @@ from typing import ClassVar
 import orjson
 from aiohttp import web
 
-# Without styles and scripts: nothing may be loaded, and the browser's own look is good.
+# Without styles and scripts: the page may load nothing.
 _PAGE = """<!doctype html>
 <html lang="en">
 <head>
@@ -33,11 +34,12 @@ _PAGE = """<!doctype html>
 
 
 class ApiError(Exception):
-    """Base of the table. ``extra`` joins the body, ``headers`` the response.
+    """Base class of the table. ``extra`` is added to the body, ``headers`` to the response.
 
-    ``example_extra`` and ``example_headers`` show what a row is always raised with, for the documentation.
+    ``example_extra`` and ``example_headers`` are for the documentation: what the error always comes with.
     """
 
+    message: ClassVar[str]
     status: HTTPStatus
     code: str
     example_extra: ClassVar[Mapping[str, object]] = {}
@@ -46,195 +48,165 @@ class ApiError(Exception):
     def __init__(
         self, *, extra: dict[str, object] | None = None, headers: dict[str, str] | None = None
     ) -> None:
-        message = " ".join((type(self).__doc__ or "").split())
-        super().__init__(message)
-        self.message = message
+        super().__init__(self.message)
         self.extra = extra or {}
         self.headers = headers or {}
 
 
 class InvalidJobId(ApiError):
-    """The job id is not a UUID"""
-
+    message = "The job id is not a UUID"
     status, code = HTTPStatus.BAD_REQUEST, "INVALID_JOB_ID"
 
 
 class InvalidParameter(ApiError):
-    """A parameter of the query is not valid"""
-
+    message = "A query parameter is invalid"
     status, code = HTTPStatus.BAD_REQUEST, "INVALID_PARAMETER"
     example_extra: ClassVar = {"parameter": "limit"}
 
 
 class Unauthenticated(ApiError):
-    """A valid bearer token is needed"""
-
+    message = "A valid bearer token is required"
     status, code = HTTPStatus.UNAUTHORIZED, "UNAUTHENTICATED"
     example_headers: ClassVar = {"WWW-Authenticate": 'Bearer realm="exportd"'}
 
 
 class LinkExpired(ApiError):
-    """The download link has expired, was revoked, or never was one; ask for a new one"""
-
+    message = "This download link is invalid, expired or revoked. Request a new one"
     status, code = HTTPStatus.GONE, "LINK_EXPIRED"
 
 
 class JobNotFound(ApiError):
-    """There is no such export job"""
-
+    message = "The export job does not exist"
     status, code = HTTPStatus.NOT_FOUND, "JOB_NOT_FOUND"
 
 
 class DownloadUnauthorized(ApiError):
-    """Only job creator or admin can download this package"""
-
+    message = "Only job creator or admin can download this package"
     status, code = HTTPStatus.FORBIDDEN, "DOWNLOAD_UNAUTHORIZED"
 
 
 class PackageNotReady(ApiError):
-    """The export is not completed yet"""
-
+    message = "The export is not completed yet"
     status, code = HTTPStatus.NOT_FOUND, "PACKAGE_NOT_READY"
     example_extra: ClassVar = {"jobStatus": "processing"}
 
 
 class PackageExpired(ApiError):
-    """The package has expired or was deleted"""
-
+    message = "The package has expired or was deleted"
     status, code = HTTPStatus.GONE, "PACKAGE_EXPIRED"
     example_extra: ClassVar = {"expiresAt": "2026-12-23T23:30:31+00:00"}
 
 
 class FileNotFound(ApiError):
-    """The package's file is not there"""
-
+    message = "The package's file is missing"
     status, code = HTTPStatus.NOT_FOUND, "FILE_NOT_FOUND"
 
 
 class PackageAvailable(ApiError):
-    """The package is still there"""
-
+    message = "The package is still available"
     status, code = HTTPStatus.CONFLICT, "PACKAGE_AVAILABLE"
     example_extra: ClassVar = {"jobId": "25395ef1-daf8-4ea1-a532-c61e57b1134f"}
 
 
 class ExportInProgress(ApiError):
-    """The export is under way"""
-
+    message = "The export is in progress"
     status, code = HTTPStatus.CONFLICT, "EXPORT_IN_PROGRESS"
     example_extra: ClassVar = {"jobId": "25395ef1-daf8-4ea1-a532-c61e57b1134f"}
 
 
 class ReExportUnsupported(ApiError):
-    """Exports cannot be asked for again here"""
-
+    message = "This server cannot repeat exports"
     status, code = HTTPStatus.NOT_IMPLEMENTED, "RE_EXPORT_UNSUPPORTED"
 
 
 class PreconditionFailed(ApiError):
-    """A precondition of the request does not hold"""
-
+    message = "A precondition of the request is false"
     status, code = HTTPStatus.PRECONDITION_FAILED, "PRECONDITION_FAILED"
 
 
 class RangeNotSatisfiable(ApiError):
-    """No byte of the range lies within the package"""
-
+    message = "The range lies outside the package"
     status, code = HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE, "RANGE_NOT_SATISFIABLE"
     example_headers: ClassVar = {"Content-Range": "bytes */300025450"}
 
 
 class RateLimited(ApiError):
-    """Too many requests or downloads; try again later"""
-
+    message = "Too many requests or downloads. Try again later"
     status, code = HTTPStatus.TOO_MANY_REQUESTS, "RATE_LIMITED"
     example_extra: ClassVar = {"limit": "requests_per_minute_per_user", "retryAfterSeconds": 7}
     example_headers: ClassVar = {"Retry-After": "7"}
 
 
 class QuotaExceeded(ApiError):
-    """No more can be downloaded today; try again later"""
-
+    message = "The daily download quota is used up. Try again later"
     status, code = HTTPStatus.TOO_MANY_REQUESTS, "QUOTA_EXCEEDED"
     example_extra: ClassVar = {"limit": "bytes_per_user_per_day", "retryAfterSeconds": 5400}
     example_headers: ClassVar = {"Retry-After": "5400"}
 
 
 class StorageError(ApiError):
-    """The package cannot be read"""
-
+    message = "The package cannot be read"
     status, code = HTTPStatus.INTERNAL_SERVER_ERROR, "STORAGE_ERROR"
 
 
 class InternalError(ApiError):
-    """Something went wrong on the server"""
-
+    message = "Internal server error"
     status, code = HTTPStatus.INTERNAL_SERVER_ERROR, "INTERNAL_ERROR"
 
 
 class DatabaseIsUnavailable(ApiError):
-    """The database is not available; try again soon"""
-
+    message = "The database is unavailable. Try again soon"
     status, code = HTTPStatus.SERVICE_UNAVAILABLE, "DATABASE_UNAVAILABLE"
 
 
 class IdentityProviderUnavailable(ApiError):
-    """The identity provider does not answer, so the token cannot be checked; try again soon"""
-
+    message = "The identity provider does not respond, so the token cannot be verified. Try again soon"
     status, code = HTTPStatus.SERVICE_UNAVAILABLE, "IDENTITY_PROVIDER_UNAVAILABLE"
 
 
 class ShuttingDown(ApiError):
-    """The server is shutting down; try again soon"""
-
+    message = "The server is shutting down. Try again soon"
     status, code = HTTPStatus.SERVICE_UNAVAILABLE, "SHUTTING_DOWN"
 
 
 class BadRequest(ApiError):
-    """The request is malformed"""
-
+    message = "The request is malformed"
     status, code = HTTPStatus.BAD_REQUEST, "BAD_REQUEST"
 
 
 class HttpVersionNotSupported(ApiError):
-    """This server speaks HTTP/1.1 and HTTP/1.0 only"""
-
+    message = "This server supports only HTTP/1.1 and HTTP/1.0"
     status, code = HTTPStatus.HTTP_VERSION_NOT_SUPPORTED, "HTTP_VERSION_NOT_SUPPORTED"
 
 
 class HeadersTooLarge(ApiError):
-    """The request's line or header fields are too large, or too many"""
-
+    message = "The request line or the header fields are too large, or too many"
     status, code = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "HEADERS_TOO_LARGE"
 
 
 class MisdirectedRequest(ApiError):
-    """This server does not answer for that host"""
-
+    message = "This server does not serve that host"
     status, code = HTTPStatus.MISDIRECTED_REQUEST, "MISDIRECTED_REQUEST"
 
 
 class ExpectationFailed(ApiError):
-    """The expectation cannot be met"""
-
+    message = "The server cannot meet the expectation"
     status, code = HTTPStatus.EXPECTATION_FAILED, "EXPECTATION_FAILED"
 
 
 class RouteNotFound(ApiError):
-    """There is nothing at this address"""
-
+    message = "No resource has this address"
     status, code = HTTPStatus.NOT_FOUND, "NOT_FOUND"
 
 
 class MethodNotAllowed(ApiError):
-    """This address does not answer to that method"""
-
+    message = "This resource does not support that method"
     status, code = HTTPStatus.METHOD_NOT_ALLOWED, "METHOD_NOT_ALLOWED"
     example_headers: ClassVar = {"Allow": "GET, HEAD"}
 
 
 def error_page(error: ApiError, request_id: str) -> web.Response:
-    """The same for a person, whose browser was sent here: a small page in words."""
+    """The error as a small page, for a browser that opened the address."""
     message = html.escape(error.message)
     page = _PAGE.format(title=html.escape(error.status.phrase), message=message, request_id=request_id)
     return web.Response(
@@ -243,7 +215,7 @@ def error_page(error: ApiError, request_id: str) -> web.Response:
 
 
 def error_response(error: ApiError, request_id: str) -> web.Response:
-    """The envelope every error is sent in."""
+    """The error as JSON."""
     body = {
         "status": "error",
         "code": error.code,

@@ -1,7 +1,7 @@
-"""Answers that a client does not take.
+"""Stall detection for every response.
 
-The delivery of a package has a watch of its own (``delivery/watch.py``), which knows its bytes and gives the
-reason. This one covers every other answer, and only asks the kernel.
+Deliveries of packages have a watch of their own (``delivery/watch.py``), which also knows the reason. This
+guard covers every other response, and only asks the kernel.
 """
 
 import asyncio
@@ -17,12 +17,12 @@ _MAX_PAUSE_SECONDS = 0.1
 
 
 class StallGuard:
-    """Aborts a connection whose client takes nothing of an answer for ``timeout_seconds``."""
+    """Aborts a connection whose client acknowledges nothing of a response for ``timeout_seconds``."""
 
     def __init__(self, transport: asyncio.Transport, timeout_seconds: float) -> None:
         self._transport = transport
         self._interval = interval_seconds(timeout_seconds)
-        # The watch of a delivery is to be first: it notices up to two intervals late.
+        # A delivery's watch must be first: it may notice a stall two intervals late.
         self._timeout_seconds = timeout_seconds + 3 * self._interval
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
@@ -31,14 +31,14 @@ class StallGuard:
         self._progressed_at = 0.0
 
     def __enter__(self) -> None:
-        """An answer begins."""
+        """A response begins."""
         self._is_answering = True
         if self._timer is None:
             self._progressed_at = self._loop.time()
             self._timer = self._loop.call_later(self._interval, self._look)
 
     def __exit__(self, *_: object) -> None:
-        """The kernel has the answer. The guard goes on until the client has it."""
+        """The kernel has the whole response. The guard continues until the client has it."""
         self._is_answering = False
 
     def close(self) -> None:
@@ -62,7 +62,7 @@ class StallGuard:
 
 
 async def wait_until_handed_over(transport: asyncio.Transport) -> None:
-    """Returns when the kernel has all that was written, or the connection has ended."""
+    """Returns when the kernel has every written byte, or the connection has ended."""
     pause = _PAUSE_SECONDS
     while transport.get_write_buffer_size() and not transport.is_closing():
         await asyncio.sleep(pause)
@@ -70,9 +70,10 @@ async def wait_until_handed_over(transport: asyncio.Transport) -> None:
 
 
 def _measure(transport: asyncio.Transport) -> tuple[int, int]:
-    """How many bytes the client has not acknowledged yet, and how many it has on this connection so far.
+    """Returns the number of bytes that the client has not acknowledged, and of those that it has, on this
+    connection.
 
-    Where the kernel does not tell the second (not Linux), fewer of the first are progress too.
+    Without TCP_INFO (not Linux), a smaller first number is progress too.
     """
     connection = transport.get_extra_info("socket")
     unacknowledged = queued_bytes(connection.fileno()) + transport.get_write_buffer_size()

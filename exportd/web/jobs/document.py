@@ -1,4 +1,4 @@
-"""The JSON document of a job."""
+"""JSON documents of jobs."""
 
 import orjson
 from aiohttp import web
@@ -10,7 +10,7 @@ from exportd.http.validators import last_modified
 
 
 def describe_job(details: JobDetails) -> dict[str, object]:
-    """A job's JSON document."""
+    """Returns a job's document."""
     job = details.job
     state = job.package_state
     return {

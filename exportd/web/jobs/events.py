@@ -1,4 +1,4 @@
-"""A job's state as it changes, as server-sent events.
+"""The changes of a job's state, as server-sent events.
 
 Each event carries the whole state, so that a slow or returning reader needs no history.
 """
@@ -24,7 +24,7 @@ from exportd.web.services import SERVICES
 
 log = structlog.get_logger()
 
-# How often the stream looks whether its client is still there.
+# How often the stream checks whether its client is connected.
 _WAIT_SECONDS = 1.0
 _HEARTBEAT_SECONDS = 15.0
 _PATIENCE_SECONDS = 10.0
@@ -33,9 +33,10 @@ _RETRY_MILLISECONDS = 2000
 
 @documented(operations.JOB_EVENTS)
 async def job_events(request: web.Request) -> web.StreamResponse:
-    """A job's state now and at each change, for its creator or an admin.
+    """Sends a job's state now and at each change, to its creator or an admin.
 
-    The stream ends with the token, at a drain, when the job is gone, and where the reader takes nothing.
+    The stream ends when the token expires, at a drain, when the job is deleted, and when the client stops
+    reading.
     """
     job_id = requested_job_id(request)
     principal = await authenticate(request)
@@ -55,7 +56,7 @@ async def job_events(request: web.Request) -> web.StreamResponse:
     hub = request.app[SERVICES].hub
     request.app[SERVICES].limiter.check_streams(principal, hub.streams_of(principal.user_id) + 1)
     with hub.watch(job_id, principal.user_id) as watch:
-        # What is told first is whole: readers measure by it what comes after.
+        # The first event is complete: clients compare later events with it.
         await hub.look([watch])
         with contextlib.suppress(ConnectionResetError):
             await response.prepare(request)

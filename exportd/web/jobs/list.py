@@ -22,7 +22,7 @@ _MAX_PAGE_SIZE = 100
 
 @documented(operations.LIST_JOBS)
 async def list_export_jobs(request: web.Request) -> web.Response:
-    """The caller's jobs, newest first; for an admin, everybody's."""
+    """Returns the caller's jobs, newest first; for an admin, those of every user."""
     principal = await authenticate(request)
     limit = _limit(request.query.get("limit"))
     found = await list_jobs(
@@ -30,7 +30,7 @@ async def list_export_jobs(request: web.Request) -> web.Response:
         user_id=None if principal.is_admin else principal.user_id,
         status=_status(request.query.get("status")),
         before=_parse_cursor(request.query.get("cursor")),
-        # One more tells whether there is another page.
+        # One job more shows whether there is another page.
         limit=limit + 1,
     )
     page = found[:limit]
@@ -67,7 +67,7 @@ def _parse_cursor(text: str | None) -> tuple[datetime, UUID] | None:
         before = datetime.fromisoformat(created_at)
         if before.tzinfo is None:
             raise ValueError("no zone")
-        # PostgreSQL knows fewer zones than Python: none from +16:00 on.
+        # PostgreSQL accepts fewer offsets than Python: none from +16:00 on.
         return before.astimezone(UTC), UUID(job_id)
     except (ValueError, OverflowError, binascii.Error) as error:
         raise InvalidParameter(extra={"parameter": "cursor"}) from error

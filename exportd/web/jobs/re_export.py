@@ -30,7 +30,7 @@ _MAX_RETRY_SECONDS = 86400.0
 
 @documented(operations.RE_EXPORT)
 async def export_job_again(request: web.Request) -> web.Response:
-    """Asks for the export of a job whose package is gone again, for its creator or an admin."""
+    """Requests the export of a job again whose package is gone, for its creator or an admin."""
     job_id = requested_job_id(request)
     principal = await authenticate(request)
     try:
@@ -50,7 +50,7 @@ async def _check_may_ask(request: web.Request, principal: Principal, session: Se
     details = _member(family, job_id)
     if not may_see(principal, details.job.user_id):
         raise refuse(request, details.job.user_id)
-    # Of several who ask at once, one makes the job and the others see it.
+    # Of concurrent requests, one makes the job and the others find it.
     await lock_re_exports(session, details.job.user_id)
     family = await find_family(session, job_id)
     _check_gone(family, request.app[SERVICES].storage)
@@ -69,7 +69,8 @@ def _member(family: list[JobDetails], job_id: UUID) -> JobDetails:
 
 
 def _check_gone(family: list[JobDetails], store: PackageStore) -> None:
-    """Raises where any job of the export is under way, or has its package still; the newest is named."""
+    """Raises if any job of the export waits, runs, or still has its package. The error names the newest such
+    job."""
     for present in family:
         named: dict[str, object] = {"jobId": present.job.job_id}
         if present.job.status not in (JobStatus.COMPLETED, JobStatus.FAILED):
@@ -79,7 +80,7 @@ def _check_gone(family: list[JobDetails], store: PackageStore) -> None:
 
 
 def _seconds_until_retry(family: list[JobDetails]) -> float:
-    """How long to wait since the newest re-exports of the family have failed, one after the other."""
+    """How long to wait after the consecutive failures of the newest re-exports."""
     newest = family[0]
     failures = itertools.takewhile(
         lambda member: member.re_export_of and member.job.status == JobStatus.FAILED, family

@@ -14,7 +14,7 @@ from exportd.web.services import SERVICES
 
 @documented(operations.SHOW_JOB)
 async def show_export_job(request: web.Request) -> web.Response:
-    """One job, for its creator or an admin."""
+    """Returns one job, to its creator or an admin."""
     job_id = requested_job_id(request)
     principal = await authenticate(request)
     details = (await find_details(request.app[SERVICES].database, [job_id])).get(job_id)

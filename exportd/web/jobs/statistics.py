@@ -1,4 +1,4 @@
-"""How often a package was downloaded."""
+"""Download statistics of a package."""
 
 import orjson
 from aiohttp import web
@@ -16,7 +16,7 @@ from exportd.web.services import SERVICES
 
 @documented(operations.STATISTICS)
 async def download_statistics(request: web.Request) -> web.Response:
-    """How a job's package was downloaded, for its creator or an admin."""
+    """Returns the statistics of a job's package, to its creator or an admin."""
     job_id = requested_job_id(request)
     principal = await authenticate(request)
     await request.app[SERVICES].ledger.settle(job_id)
@@ -34,7 +34,7 @@ async def download_statistics(request: web.Request) -> web.Response:
 
 
 def describe_statistics(statistics: DownloadStatistics) -> dict[str, object]:
-    """The answer's JSON document."""
+    """Returns the JSON document."""
     return {
         "jobId": statistics.job_id,
         "downloadCount": statistics.download_count,

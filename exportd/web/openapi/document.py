@@ -1,8 +1,8 @@
-"""The API's description of itself: an OpenAPI document made from what the handlers are decorated with.
+"""The OpenAPI document, made from the descriptions that handlers are decorated with.
 
-aiohttp-apispec keeps each handler's description with the handler and joins it to the routes of the router;
-this is its only door. What operations have in common is added here: errors and their examples from the table,
-common header fields, curl lines, and HEAD beside GET. ``operations.py`` says what is each one's own.
+aiohttp-apispec keeps each description with its handler and joins it to the routes. This module adds what
+operations have in common: errors and their examples, common header fields, curl commands, and HEAD beside
+GET. ``operations.py`` describes each operation.
 """
 
 import copy
@@ -45,13 +45,13 @@ from exportd.web.openapi.schemas import JobState, error_shape
 Handler = TypeVar("Handler", bound=Callable[..., Any])
 
 _REQUEST_ID = "4aaa15a5" * 4
-# The same whenever the document is made, or its validator would differ from process to process.
+# A constant, so that the document's ETag is the same in every process.
 _TIMESTAMP = "2026-12-24T08:00:00.000Z"
-# The files of Swagger UI that the library brings.
+# The files of Swagger UI that the library contains.
 SWAGGER_FOLDER = Path(aiohttp_apispec.__file__).parent / "static"
 _CURL = "x-curl"
 _HTML = "text/html"
-# The edge makes a page of what handlers raise, and not of these.
+# The middleware makes pages of errors that handlers raise, but not of these.
 _NEVER_A_PAGE = {
     error.code
     for error in (
@@ -70,12 +70,12 @@ _SHAPES = {
 # HEAD ignores ranges.
 _OF_GET_ONLY = {"206", "416"}
 _OF_RANGES = {"Range", "If-Range"}
-# Only there to say what every other address, and every other method, answers.
+# Responses of every other address and of every other method.
 _BEYOND_THE_ROUTES = (RouteNotFound, MethodNotAllowed)
 
 
 def documented(operation: Operation) -> Callable[[Handler], Handler]:
-    """Decorates a handler with what the document says of it."""
+    """Decorates a handler with its description."""
 
     def decorate(handler: Handler) -> Handler:
         described: Handler = docs(
@@ -97,9 +97,9 @@ def documented(operation: Operation) -> Callable[[Handler], Handler]:
 
 
 def describe_api(router: web.UrlDispatcher) -> dict[str, Any]:
-    """The OpenAPI document of the routes whose handlers are documented."""
+    """Returns the OpenAPI document of the routes whose handlers are documented."""
     document = _Document()
-    # GET stands before HEAD, of which there is less to say.
+    # GET comes before HEAD, whose description is derived from it.
     for route in sorted(router.routes(), key=lambda route: route.method == "HEAD"):
         document.add(route)
     described: dict[str, Any] = document.swagger_dict()
@@ -107,8 +107,8 @@ def describe_api(router: web.UrlDispatcher) -> dict[str, Any]:
 
 
 class _Document(AiohttpApiSpec):  # type: ignore[misc]  # it has no types
-    """aiohttp-apispec's way from routes to operations, into OpenAPI 3.0: the library writes 2.0, which knows
-    neither several examples for a status nor a bearer token."""
+    """Turns aiohttp-apispec's descriptions into OpenAPI 3.0. The library writes 2.0, which has neither
+    several examples for a status nor bearer tokens."""
 
     def __init__(self) -> None:
         super().__init__(url=None, title="", version="")
@@ -136,7 +136,7 @@ class _Document(AiohttpApiSpec):  # type: ignore[misc]  # it has no types
         self._register_route(route, route.method.lower(), route.handler)
 
     def _update_paths(self, data: dict[str, Any], method: str, url_path: str) -> None:
-        # The library empties what it is given, and one handler answers GET and HEAD.
+        # The library empties its argument, and one handler serves GET and HEAD.
         described = copy.deepcopy(data)
         del described["produces"]  # of OpenAPI 2.0
         curl = described.pop(_CURL)
@@ -159,7 +159,7 @@ def _describe_answer(answer: Answer) -> dict[str, Any]:
 
 
 def _describe_errors(errors: Iterable[type[ApiError]]) -> dict[str, Any]:
-    """A response for each status, whose examples are what the table's rows would be sent as."""
+    """Returns a response for each status, with an example of each error."""
     by_status: dict[str, list[type[ApiError]]] = {}
     for error in sorted(errors, key=lambda error: error.status):
         by_status.setdefault(str(error.status.value), []).append(error)
@@ -187,12 +187,12 @@ def _describe_status(errors: Sequence[type[ApiError]]) -> dict[str, Any]:
 
 
 def _headers(names: Iterable[str]) -> dict[str, str]:
-    """References to the components of those names."""
+    """Returns references to components, by name."""
     return {name: name for name in (*names, *COMMON_HEADERS)}
 
 
 def _add_pages(operation: dict[str, Any]) -> None:
-    """A browser that goes to an address gets errors in words."""
+    """Adds the error pages that browsers get."""
     for response in operation["responses"].values():
         rows = response.get("content", {}).get(JSON, {}).get("examples", {})
         if rows.keys() - _NEVER_A_PAGE:
@@ -200,7 +200,7 @@ def _add_pages(operation: dict[str, Any]) -> None:
 
 
 def _remove_bodies(operation: dict[str, Any]) -> None:
-    """What HEAD answers: no ranges, and headers only."""
+    """Removes what HEAD does not have: ranges and bodies."""
     operation["parameters"] = [item for item in operation["parameters"] if item["name"] not in _OF_RANGES]
     for status in _OF_GET_ONLY & operation["responses"].keys():
         del operation["responses"][status]
@@ -211,7 +211,7 @@ def _remove_bodies(operation: dict[str, Any]) -> None:
 def _null_or_nested(
     _: FieldConverterMixin, __: object, *, ret: dict[str, Any], **___: object
 ) -> dict[str, Any]:
-    """apispec lets any object pass where a nested one may be null."""
+    """Describes a nested object that may be null; apispec alone allows any object there."""
     if "anyOf" in ret:
         return {"anyOf": [ret["anyOf"][0], {"type": "object", "nullable": True, "enum": [None]}]}
     return {}

@@ -1,4 +1,4 @@
-"""``/api-docs``: the OpenAPI document, and Swagger UI to read it with, all of it from here."""
+"""``/api-docs``: the OpenAPI document and Swagger UI, without files of other hosts."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ _HEADERS = {
 
 
 def load_api_docs(router: web.UrlDispatcher) -> Assets:
-    """Everything that ``/api-docs`` serves, by name; the document is of the router as it is now.
+    """Returns the files of ``/api-docs``, by name. The document describes the router's present routes.
 
     Raises OSError.
     """
@@ -35,10 +35,10 @@ def load_api_docs(router: web.UrlDispatcher) -> Assets:
 
 
 async def show_api_docs(request: web.Request) -> web.StreamResponse:
-    """Swagger UI's page."""
+    """Sends the page of Swagger UI."""
     return await send_asset(request, request.app[SERVICES].api_docs, _PAGE, _HEADERS)
 
 
 async def show_api_docs_asset(request: web.Request) -> web.StreamResponse:
-    """The document, and what the page is made of."""
+    """Sends the document, or a file of the page."""
     return await send_asset(request, request.app[SERVICES].api_docs, request.match_info["name"], _HEADERS)

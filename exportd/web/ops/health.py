@@ -1,4 +1,4 @@
-"""Probes: does the process live, and would it answer a download now."""
+"""Probes: whether the process runs, and whether it can serve downloads."""
 
 import orjson
 from aiohttp import web
@@ -11,13 +11,13 @@ from exportd.web.services import SERVICES
 
 @documented(operations.HEALTH)
 async def healthz(_: web.Request) -> web.Response:
-    """200 as long as the process answers at all."""
+    """Returns 200."""
     return _answer(200, {"status": "ok"})
 
 
 @documented(operations.READINESS)
 async def readyz(request: web.Request) -> web.Response:
-    """200 when database and storage answer; 503, with each one's state, when not or when draining."""
+    """Returns 200 if the database and the storage respond, else 503; 503 also while draining."""
     checks = await request.app[SERVICES].readiness.look()
     if request.app[SERVICES].lifecycle.is_draining:
         return _answer(503, {"status": "draining", **checks})

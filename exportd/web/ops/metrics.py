@@ -1,4 +1,4 @@
-"""Metrics: what is noted of every request, and how things stand, for whoever asks for ``/metrics``."""
+"""``/metrics``, and the measurements of the process and of every request."""
 
 import asyncio
 import contextlib
@@ -17,7 +17,7 @@ from exportd.web.openapi.document import documented
 from exportd.web.services import SERVICES, Services
 
 _FLUSH_SECONDS = 1.0
-# The system is asked less often: it lists every descriptor of the process.
+# The process is measured less often: the system lists all its descriptors for it.
 _FLUSHES_BETWEEN_MEASUREMENTS = 5
 
 

@@ -18,7 +18,8 @@ _SUMS_KEPT_SECONDS = 60.0
 
 
 class Readiness:
-    """Whether database and storage answer: one look at a time, and at most one each second, whoever asks."""
+    """Checks whether the database and the storage respond. One check runs at a time, and at most one a
+    second; every caller gets its result."""
 
     def __init__(self, database: Database, store: PackageStore) -> None:
         self._database = database
@@ -28,12 +29,12 @@ class Readiness:
         self._storage_look: asyncio.Future[bool] | None = None
 
     async def look(self) -> dict[str, str]:
-        """The state of each: ``ok`` or ``unavailable``."""
+        """Returns the state of each: ``ok`` or ``unavailable``."""
         now = asyncio.get_running_loop().time()
         if self._look is None or (self._look.done() and now - self._looked_at >= _REMEMBERED_SECONDS):
             self._looked_at = now
             self._look = asyncio.create_task(self._look_now())
-        # Shielded: others wait for it too.
+        # Shielded, because other callers wait for it too.
         return await asyncio.shield(self._look)
 
     async def _look_now(self) -> dict[str, str]:
@@ -51,7 +52,7 @@ class Readiness:
         return True
 
     async def _ask_storage(self) -> bool:
-        # A file system that hangs (NFS) holds one thread, however often somebody asks.
+        # A hanging file system (NFS) blocks one thread, however often this runs.
         if self._storage_look is None:
             self._storage_look = asyncio.ensure_future(asyncio.to_thread(self._store.is_ready))
         done, _ = await asyncio.wait([self._storage_look], timeout=_STORAGE_TIMEOUT_SECONDS)
@@ -62,10 +63,10 @@ class Readiness:
 
 
 class DatabaseProbe:
-    """Whether the database answers, and the sums over its jobs, looked at when somebody asks.
+    """Checks for scrapes whether the database responds, and sums up its jobs.
 
-    A statement is never cancelled, which would cost its connection: one that is slow is left to end, and a
-    new one begins only then.
+    It never cancels a statement, which would cost its connection: a slow statement runs to its end, and the
+    next begins only then.
     """
 
     def __init__(self, database: Database) -> None:
@@ -77,7 +78,7 @@ class DatabaseProbe:
         self._sums_begun_at = float("-inf")
 
     async def look(self) -> None:
-        """Brings both up to date, as far as that takes two seconds at most."""
+        """Updates both, but waits two seconds at most."""
         if self._ping is None:
             self._ping = asyncio.create_task(self._answers())
         now = time.monotonic()
@@ -94,7 +95,7 @@ class DatabaseProbe:
             sums.result()
 
     def close(self) -> None:
-        """Gives up on what is under way."""
+        """Cancels what is running."""
         for task in (self._ping, self._sums):
             if task is not None:
                 task.cancel()

@@ -1,4 +1,4 @@
-"""Files of the pages, kept in memory: small, the same on every node, and asked for again each time."""
+"""Files of the pages, in memory. They are small and the same on every node."""
 
 import contextlib
 import hashlib
@@ -27,7 +27,7 @@ _PIECE_BYTES = 65536
 
 @dataclass(frozen=True, slots=True)
 class Asset:
-    """``etag`` is quoted, and of the content."""
+    """A file. ``etag`` is quoted, and made of the content."""
 
     body: bytes
     content_type: str
@@ -38,18 +38,18 @@ Assets = Mapping[str, Asset]
 
 
 def make_asset(name: str, body: bytes) -> Asset:
-    """An asset whose type is its name's."""
+    """Returns an asset with the content type of its name."""
     return Asset(body, CONTENT_TYPES[Path(name).suffix], entity_tag(hashlib.sha256(body).hexdigest()))
 
 
 async def send_asset(
     request: web.Request, assets: Assets, name: str, headers: Mapping[str, str]
 ) -> web.StreamResponse:
-    """The asset of that name, or 304 where the client has it. Raises RouteNotFound."""
+    """Sends an asset, or 304 if the client has it. Raises RouteNotFound."""
     asset = assets.get(name)
     if asset is None:
         raise RouteNotFound
-    # Not kept without asking: after an upgrade, old files and new ones would not fit.
+    # Browsers must revalidate: after an upgrade, old and new files do not work together.
     headers = {"ETag": asset.etag, "Cache-Control": "no-cache", **headers}
     fields = request.headers.getall("If-None-Match", None)
     if check_if_none_match(None if fields is None else ", ".join(fields), asset.etag) is False:
@@ -58,7 +58,7 @@ async def send_asset(
     response.content_length = len(asset.body)
     if request.method == "HEAD":
         return response
-    # Written as a whole, a megabyte would wait in the memory for each client that does not read.
+    # Written as a whole, a file would stay in memory for each client that does not read.
     with contextlib.suppress(ConnectionError):
         await response.prepare(request)
         for start in range(0, len(asset.body), _PIECE_BYTES):

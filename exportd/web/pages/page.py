@@ -1,4 +1,4 @@
-"""The page at ``/`` and the files it is made of, which pages of other origins may load too."""
+"""The page at ``/`` and its files, which pages of other origins may load too."""
 
 import html
 from pathlib import Path
@@ -10,18 +10,18 @@ from exportd.web.services import SERVICES
 
 _FOLDER = Path(__file__).parent / "static"
 _PAGE = "index.html"
-# Everything comes from here, and no text becomes a script.
+# The page loads only exportd's own files, and no inline scripts.
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self';"
     " base-uri 'none'; form-action 'none'; frame-ancestors 'none';"
     " require-trusted-types-for 'script'; trusted-types 'none'"
 )
-# They hold no secret, and module scripts of another origin come by CORS alone.
+# The files hold no secrets. A page of another origin can load module scripts only by CORS.
 _FOR_EVERYBODY = {"Access-Control-Allow-Origin": "*", "Cross-Origin-Resource-Policy": "cross-origin"}
 
 
 def load_page(base_path: str) -> Assets:
-    """The page, which finds the API at ``base_path``, and its files, by name. Raises OSError."""
+    """Returns the page, for the API at ``base_path``, and its files, by name. Raises OSError."""
     files = {}
     for path in _FOLDER.rglob("*"):
         if path.suffix in CONTENT_TYPES:
@@ -33,10 +33,10 @@ def load_page(base_path: str) -> Assets:
 
 
 async def show_page(request: web.Request) -> web.StreamResponse:
-    """The page."""
+    """Sends the page."""
     return await send_asset(request, request.app[SERVICES].page, _PAGE, {"Content-Security-Policy": _POLICY})
 
 
 async def show_page_file(request: web.Request) -> web.StreamResponse:
-    """A script or style sheet of the page, or of the component in a page of any origin."""
+    """Sends a script or style sheet of the page or of the component."""
     return await send_asset(request, request.app[SERVICES].page, request.match_info["name"], _FOR_EVERYBODY)
