@@ -1,6 +1,6 @@
-"""Ready archives are read by a process of their own, with little memory and time: they come from anybody.
+"""Checks ready archives, which may be hostile, in a child process with limits on memory and processor time.
 
-This file is that process, too. As a script it reads its standard input and imports no other room.
+This file is also the child process: as a script it reads its standard input and imports no other room.
 """
 
 import os
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO
 
 _MAX_MEMORY_BYTES = 512 * 1024 * 1024
-# An archive of zeros needs a millisecond of processor time for each of its kilobytes.
+# A compressed kilobyte of zeros takes a millisecond of processor time.
 _MIN_CPU_SECONDS = 20
 _BYTES_PER_CPU_SECOND = 1024 * 1024
 # Names and other attributes of one member.
@@ -31,9 +31,9 @@ _SIGKILL = 9
 def check_archive(file: IO[bytes], path: Path, progress: Callable[[int], None]) -> None:
     """Reads ``file`` to its end as gzip and as tar. ``path`` is for messages.
 
-    ``progress`` is called with 0 meanwhile, and may raise to give up. Raises PackError, and OSError.
+    Calls ``progress`` with 0 meanwhile, which may raise to stop. Raises PackError, and OSError.
     """
-    # Here: the child process runs this file too, and needs no settings.
+    # Imported here, because the child process runs this file too and needs no settings.
     from exportd.settings import child_environment
 
     file.seek(0)
@@ -65,7 +65,7 @@ def check_archive(file: IO[bytes], path: Path, progress: Callable[[int], None]) 
 
 
 def _unsound(path: Path, reason: str) -> Exception:
-    # Not at the top: the script knows no other room.
+    # Imported here, because the script imports no other room.
     from exportd.archive.source import PackError
 
     return PackError(
@@ -74,11 +74,11 @@ def _unsound(path: Path, reason: str) -> Exception:
 
 
 class _Unsound(Exception):
-    """The archive is not what a package may be."""
+    """The archive is not acceptable as a package."""
 
 
 class _Member(tarfile.TarInfo):
-    """A member whose extended header is refused before tarfile reads it into memory."""
+    """A member whose large extended header is rejected before tarfile reads it into memory."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Member":
@@ -91,7 +91,7 @@ class _Member(tarfile.TarInfo):
 
 
 def _read(file: IO[bytes]) -> None:
-    """Raises what shows that it is no sound archive."""
+    """Raises an exception if the archive is damaged."""
     from isal import igzip
 
     with (
@@ -109,7 +109,7 @@ def _main() -> None:
 
     parent, cpu_seconds, memory_bytes = map(int, sys.argv[1:])
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, _SIGKILL)
-    # It may have died before it could be watched.
+    # The parent may have died before PR_SET_PDEATHSIG was set.
     if os.getppid() != parent:
         sys.exit(1)
     resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds))

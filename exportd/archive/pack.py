@@ -1,8 +1,8 @@
-"""Making a package: a folder, or a ready ``.tar.gz``, becomes a file in the storage.
+"""Makes packages of folders or of ready ``.tar.gz`` files.
 
-The bytes go to a temporary name in the storage's own file system, are synced, and only then get their
-final name. A process that is killed leaves the temporary file; the next one that packs, and the daemon when
-it starts, remove every temporary file that no living process holds a lock on.
+The bytes go to a temporary file in the storage's file system, are synced, and only then get their final name.
+A killed process leaves its temporary file. The next packing process, and the daemon at its start, remove
+every temporary file that no running process has locked.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ class _Writable(Protocol):
 
 
 class DraftPackage:
-    """A package that is complete and synced, and not yet in its place. Made by ``draft_package``."""
+    """A package that is complete and synced, but not in its place yet. Made by ``draft_package``."""
 
     def __init__(self, temporary: Path, final: Path, size_bytes: int, sha256: str) -> None:
         self._temporary = temporary
@@ -58,24 +58,24 @@ class DraftPackage:
             raise PackError(describe(error)) from error
 
     def keep(self) -> None:
-        """The package stays when the draft's block ends: its job is recorded, or may be."""
+        """Keeps the package when the draft's block ends, because its job is recorded, or may be."""
         self._is_kept = True
 
     def discard(self) -> None:
-        """Removes what was placed and not kept. What others placed under the same name stays."""
+        """Removes the package unless it was kept. Another process's package of the same name stays."""
         if self._is_placed and not self._is_kept:
             self._final.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def draft_package(source: Source, root: Path, job_id: UUID, progress: Progress) -> Iterator[DraftPackage]:
-    """Packs ``source`` for the storage at ``root``; unless the block keeps the draft, nothing of it is left.
+    """Packs ``source`` for the storage at ``root``. Removes the draft unless the block keeps it.
 
-    A folder is packed as ``.tar.gz``; a file must be a sound one already, and is copied. Memory is constant
-    whatever the size. ``progress`` is called with the bytes read since its last call, and may raise to give
-    up. Raises PackError.
+    A folder is packed as ``.tar.gz``. A file must be a sound ``.tar.gz`` already, and is copied. Memory use
+    is constant. ``progress`` is called with the bytes read since its last call, and may raise to stop. Raises
+    PackError.
     """
-    # Two may pack the same job, if the first was given up for dead.
+    # Two packers may pack the same job, if the first one lost its heartbeat.
     temporary = root / _INCOMING / f"{job_id}-{secrets.token_hex(4)}.part"
     try:
         with _locked_file(root, temporary) as file:
@@ -90,10 +90,10 @@ def draft_package(source: Source, root: Path, job_id: UUID, progress: Progress) 
 
 
 def remove_abandoned(root: Path) -> int:
-    """Removes the temporary files of processes that were killed, and returns how many. Raises OSError."""
+    """Removes the temporary files of killed processes and returns their number. Raises OSError."""
     removed = 0
     for path in (root / _INCOMING).glob("*.part"):
-        # Its maker may finish just now, and take the name away.
+        # Its process may finish at this moment and rename the file.
         with contextlib.suppress(FileNotFoundError, BlockingIOError), path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
@@ -120,7 +120,7 @@ def _create_locked(path: Path) -> IO[bytes]:
         fcntl.flock(file, fcntl.LOCK_EX)
         if os.fstat(descriptor).st_nlink:
             return file
-        # Before it was locked, somebody took it for abandoned.
+        # Another process took the file for abandoned before it was locked.
         file.close()
 
 
@@ -148,7 +148,7 @@ class _HashingWriter:
     def write(self, data: bytes) -> int:
         view = memoryview(data)
         while view:
-            # An unbuffered write may take less than it was given.
+            # An unbuffered write may write less than it was given.
             written = self._file.write(view)
             view = view[written:]
         self.sha256.update(data)
@@ -193,7 +193,7 @@ class _Packing:
                 member.type = tarfile.SYMTYPE
                 member.linkname = os.readlink(entry.name, dir_fd=entry.folder)
             self._archive.addfile(member)
-        # tarfile remembers every member, and memory is to stay flat.
+        # tarfile keeps every member in memory.
         self._archive.members.clear()  # type: ignore[attr-defined]
 
     def check_storage(self, path: str, status: os.stat_result) -> None:
@@ -204,7 +204,7 @@ class _Packing:
             )
 
     def _add_file(self, name: str, descriptor: int, path: str) -> None:
-        # The open file's own status: another file may have taken its name.
+        # The status of the open file: its name may belong to another file now.
         status = os.fstat(descriptor)
         check_kind(status, path, is_link_allowed=False)
         member = self.describe(name, status)
@@ -220,12 +220,12 @@ class _Packing:
             try:
                 self._archive.addfile(member, _Metered(content, self._progress))
             except OSError as error:
-                # tarfile's own, where the file ends early.
+                # tarfile raises it without an errno if the file ends early.
                 raise (error if error.errno else changed(path)) from error
 
     @staticmethod
     def describe(name: str, status: os.stat_result) -> tarfile.TarInfo:
-        """The member's head, without owners: their names and numbers are the server's."""
+        """The member's header, without owners, whose names and numbers are the server's."""
         member = tarfile.TarInfo(name)
         member.mode = status.st_mode & 0o777
         member.mtime = int(status.st_mtime)
@@ -253,7 +253,7 @@ def _copy_package(source: Source, writer: _Writable, progress: Progress) -> None
         open(source.descriptor, "rb", closefd=False) as file,
     ):
         metered, left = _Metered(file, progress), source.status.st_size
-        # No more than there was: a file may grow for ever.
+        # Read only the size at the start: a file may grow for ever.
         while left and (data := metered.read(min(left, _COPY_BYTES))):
             writer.write(data)
             left -= len(data)

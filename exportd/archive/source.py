@@ -1,8 +1,8 @@
-"""The source of a package: a folder or a ready ``.tar.gz``, reached by descriptors only.
+"""The source of a package: a folder or a ready ``.tar.gz``, accessed by descriptors only.
 
-A path is looked up once. Below the folder that it must lie in, each name is opened in the folder that is open
-already, and never through a symbolic link. No name is looked up twice, so a user who renames files in a
-source cannot lead the packer out of it.
+A path is resolved once. Below its root, each name is opened in the folder that is already open, and never
+through a symbolic link. No name is resolved twice, so a user who renames files in a source cannot lead the
+packer out of it.
 """
 
 import contextlib
@@ -16,17 +16,17 @@ from pathlib import Path
 from exportd.errors import OperatorError
 
 _OPEN_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-# O_NONBLOCK: a file that was replaced by a FIFO must not hang the packer. Regular files do not heed it.
+# O_NONBLOCK: a file that was replaced by a FIFO must not hang the packer. Regular files ignore it.
 _OPEN_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
-# Folders that are open at once, however deep the tree is; a process may often open no more than 1024 files.
+# The number of open folders, however deep the tree is. A process may often open only 1024 files.
 _MAX_OPEN_FOLDERS = 100
 
 
 class PackError(OperatorError):
-    """The package could not be made, and nothing of it is left. The message is for the operator.
+    """The package could not be made, and its draft is removed. The message is for the operator.
 
-    ``public`` is for the export's user, and tells nothing of the server. ``is_final``: trying again is of no
-    use.
+    ``public`` is for the export's user and reveals nothing about the server. ``is_final``: a retry is
+    useless.
     """
 
     public = "The server could not make the package"
@@ -41,7 +41,7 @@ class PackError(OperatorError):
 class Entry:
     """One name in a source, below its top. ``path`` is relative, with slashes.
 
-    ``folder`` is the open descriptor of the folder that holds ``name``, until the next entry is asked for.
+    ``folder`` is the descriptor of the folder that holds ``name``, open until the next entry.
     """
 
     path: str
@@ -51,7 +51,7 @@ class Entry:
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[int]:
-        """The descriptor of a regular file, which must not change while the block lasts. Raises PackError."""
+        """Opens a regular file, which must not change while the block runs. Raises PackError."""
         descriptor = os.open(self.name, _OPEN_FILE, dir_fd=self.folder)
         try:
             with unchanged(descriptor, self.path):
@@ -73,19 +73,21 @@ class Source:
         return stat.S_ISDIR(self.status.st_mode)
 
     def measure(self) -> int:
-        """How many bytes packing will read. Raises PackError for what cannot be packed, and OSError."""
+        """Returns the bytes that packing will read. Raises PackError for entries that cannot be packed, and
+        OSError."""
         if not self.is_folder:
             return self.status.st_size
         return sum(entry.status.st_size for entry in self.walk() if stat.S_ISREG(entry.status.st_mode))
 
     def walk(self) -> Iterator[Entry]:
-        """Everything below a folder: of each folder first its files, as the file system lists them, then the
-        folders in it. Memory does not grow with the number of files, nor open descriptors with the depth.
+        """Yields every entry below a folder: the files of a folder in the file system's order, then its
+        folders. Memory does not grow with the number of files, nor do open descriptors with the depth.
 
-        Raises PackError for what cannot be packed and for a folder that changes meanwhile, and OSError.
+        Raises PackError for entries that cannot be packed and for a folder that changes meanwhile, and
+        OSError.
         """
         with contextlib.closing(_OpenFolders(self.descriptor)) as folders:
-            # The names of folders to come, by level.
+            # The names of the folders to visit, by level.
             below_top = yield from _list_files(folders.current, "")
             waiting = [below_top]
             names: list[str] = []
@@ -108,7 +110,7 @@ class Source:
 
 @contextlib.contextmanager
 def open_source(path: Path, roots: Sequence[Path] = (Path("/"),)) -> Iterator[Source]:
-    """Opens a source, which must lie in one of ``roots``; links that lead there are followed.
+    """Opens a source, which must lie in one of ``roots``. Follows links on the way there.
 
     Raises PackError.
     """
@@ -140,7 +142,7 @@ def open_source(path: Path, roots: Sequence[Path] = (Path("/"),)) -> Iterator[So
 
 @contextlib.contextmanager
 def unchanged(descriptor: int, path: str) -> Iterator[None]:
-    """Raises PackError where the open file or folder was changed while the block lasted."""
+    """Raises PackError if the open file or folder changed while the block ran."""
     before = os.fstat(descriptor)
     yield
     after = os.fstat(descriptor)
@@ -149,12 +151,12 @@ def unchanged(descriptor: int, path: str) -> Iterator[None]:
 
 
 def changed(path: str) -> PackError:
-    """What was packed of it would be torn; another attempt may find it at rest."""
+    """The error for a file that changes while it is packed. A retry may find it unchanged."""
     return PackError(f"{path} changed while it was packed", public="Its source changed while it was packed")
 
 
 def check_kind(status: os.stat_result, path: str, *, is_link_allowed: bool) -> None:
-    """Raises PackError for what is neither a file, a folder nor, where allowed, a symbolic link."""
+    """Raises PackError unless it is a file, a folder or, if allowed, a symbolic link."""
     mode = status.st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or (is_link_allowed and stat.S_ISLNK(mode))):
         raise PackError(
@@ -165,7 +167,7 @@ def check_kind(status: os.stat_result, path: str, *, is_link_allowed: bool) -> N
 
 
 def describe(error: OSError) -> str:
-    """An error of the operating system, for a message."""
+    """Describes an error of the operating system in a message."""
     reason = error.strerror or str(error)
     return f"{error.filename}: {reason}" if error.filename else reason
 
@@ -175,7 +177,7 @@ def _missing(path: Path, error: Exception) -> str:
 
 
 def _open_below(root: Path, names: Sequence[str]) -> int:
-    """Opens what ``names`` lead to, from the folder ``root`` on, through no symbolic link. Raises OSError."""
+    """Opens a path of ``names`` below the folder ``root``, through no symbolic link. Raises OSError."""
     descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     for position, name in enumerate(names, 1):
         try:
@@ -188,11 +190,11 @@ def _open_below(root: Path, names: Sequence[str]) -> int:
 
 
 def _list_files(folder: int, prefix: str) -> Generator[Entry, None, list[str]]:
-    """Yields what is not a folder, and returns the names of the folders, the last one first."""
+    """Yields the entries that are not folders, and returns the names of the folders in reverse."""
     names: list[str] = []
     with unchanged(folder, prefix or "."), os.scandir(folder) as scan:
         for found in scan:
-            # By the folder's own descriptor: found.path is only a name.
+            # By the folder's descriptor, because found.path is only a name.
             status = os.stat(found.name, dir_fd=folder, follow_symlinks=False)
             path = f"{prefix}{found.name}"
             check_kind(status, path, is_link_allowed=True)
@@ -204,11 +206,11 @@ def _list_files(folder: int, prefix: str) -> Generator[Entry, None, list[str]]:
 
 
 class _OpenFolders:
-    """The folders from the top of a source down to the current one, of which the last few are open."""
+    """The folders from the top of a source to the current one. Only the last few are open."""
 
     def __init__(self, top: int) -> None:
         self._top = os.dup(top)
-        # Descriptor, or None where it is closed, and identity of each.
+        # The descriptor of each, or None if it is closed, and its identity.
         self._stack: list[tuple[int | None, tuple[int, int]]] = [(self._top, _identity(self._top))]
 
     @property
@@ -218,13 +220,13 @@ class _OpenFolders:
         return descriptor
 
     def enter(self, name: str, path: str) -> None:
-        """Raises PackError where the name is no folder any more."""
+        """Raises PackError if the name is no longer a folder."""
         try:
             descriptor = os.open(name, _OPEN_FOLDER, dir_fd=self.current)
         except NotADirectoryError as error:
             raise changed(path) from error
         except OSError as error:
-            # ELOOP: a symbolic link took the folder's place.
+            # ELOOP: a symbolic link has replaced the folder.
             raise (changed(path) if error.errno == errno.ELOOP else error) from error
         self._stack.append((descriptor, _identity(descriptor)))
         if len(self._stack) > _MAX_OPEN_FOLDERS:
@@ -234,7 +236,7 @@ class _OpenFolders:
                 self._stack[-_MAX_OPEN_FOLDERS - 1] = (None, identity)
 
     def leave(self) -> None:
-        """Goes back to the folder above. Raises PackError where it was moved meanwhile."""
+        """Returns to the folder above. Raises PackError if the folder was moved meanwhile."""
         inner, _ = self._stack.pop()
         assert inner is not None
         above, identity = self._stack[-1]

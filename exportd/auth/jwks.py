@@ -1,4 +1,4 @@
-"""The keys that an identity provider publishes (JWKS), kept fresh."""
+"""The keys that an identity provider publishes (JWKS)."""
 
 import asyncio
 import contextlib
@@ -14,21 +14,21 @@ log = structlog.get_logger()
 
 _FETCH_SECONDS = 5.0
 _MAX_DOCUMENT_BYTES = 1024 * 1024
-# How often the keys are fetched at most, whatever unknown keys tokens name.
+# The least time between fetches, whatever unknown keys tokens name.
 _MIN_INTERVAL_SECONDS = 30.0
 
 
 class RemoteKeys:
-    """The keys at a JWKS address: fetched by ``kept_fresh``, and anew for a key that is not known.
+    """The keys at a JWKS address. Fetched regularly by ``kept_fresh``, and again for an unknown key.
 
-    While the provider does not answer, the keys it gave last stay.
+    The last keys remain valid while the provider does not respond.
     """
 
     def __init__(self, url: str, refresh_seconds: float) -> None:
         self.keys: tuple[VerificationKey, ...] = ()
-        # Goes up with each change of the keys.
+        # Incremented with each change of the keys.
         self.version = 0
-        # Whether the last fetch brought keys.
+        # Whether the last fetch succeeded.
         self.is_current = False
         self._url = url
         self._refresh_seconds = refresh_seconds
@@ -38,8 +38,8 @@ class RemoteKeys:
 
     @contextlib.asynccontextmanager
     async def kept_fresh(self) -> AsyncIterator[None]:
-        """Fetches the keys now, and again and again while the block lasts. A provider that is away only
-        means that there are no keys yet."""
+        """Fetches the keys now, and regularly while the block runs. If the provider is unavailable, there are
+        no keys yet."""
         async with aiohttp.ClientSession(
             timeout=aiohttp.ClientTimeout(total=_FETCH_SECONDS), cookie_jar=aiohttp.DummyCookieJar()
         ) as session:
@@ -55,12 +55,12 @@ class RemoteKeys:
                 await asyncio.gather(task, *filter(None, [self._fetching]), return_exceptions=True)
 
     async def refresh(self) -> None:
-        """Fetches the keys, unless that was done a moment ago; joins a fetch that is under way."""
+        """Fetches the keys, unless they were just fetched. Joins a running fetch."""
         if self._fetching is None or self._fetching.done():
             if time.monotonic() - self._fetched_at < _MIN_INTERVAL_SECONDS:
                 return
             self._fetching = asyncio.create_task(self._fetch())
-        # Whoever waits may leave; the others' fetch goes on.
+        # Shielded, because other callers wait for the same fetch.
         await asyncio.shield(self._fetching)
 
     async def _refresh_for_ever(self) -> None:
@@ -71,7 +71,7 @@ class RemoteKeys:
     async def _fetch(self) -> None:
         assert self._session is not None
         try:
-            # A redirect would let whoever answers at the address name another one.
+            # A redirect would let the server at this address name another one.
             async with self._session.get(self._url, allow_redirects=False) as response:
                 if response.status != 200:
                     raise UnusableKey(f"the answer is {response.status}")

@@ -1,7 +1,7 @@
 """Keys that verify tokens, each tied to the algorithms of its own kind.
 
 A public key must never be taken for an HMAC secret, whatever a token's header says (RFC 8725, section 3.1):
-what a key may be used for is decided when the key is read, not when a token comes.
+a key's algorithms are fixed when the key is read, not when a token arrives.
 """
 
 from dataclasses import dataclass
@@ -20,18 +20,18 @@ _RSA_ALGORITHMS = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512")
 _EC_ALGORITHMS = {"secp256r1": "ES256", "secp384r1": "ES384", "secp521r1": "ES512"}
 # An HMAC key is at least as long as the hash (RFC 7518, section 3.2).
 HMAC_ALGORITHMS = {"HS256": 32, "HS384": 48, "HS512": 64}
-# RFC 7518, section 3.3; and a limit on what a verification may cost.
+# RFC 7518, section 3.3. The maximum limits the cost of a verification.
 _MIN_RSA_BITS = 2048
 _MAX_RSA_BITS = 16384
 
 
 class UnusableKey(OperatorError):
-    """The key cannot be used. The message says why, and nothing of the key."""
+    """The key cannot be used. The message says why, without any part of the key."""
 
 
 @dataclass(frozen=True, slots=True)
 class VerificationKey:
-    """A key, what it may be used with, and its name (``kid``) where it has one."""
+    """A key, its algorithms, and its name (``kid``), if it has one."""
 
     key: Any
     algorithms: frozenset[str]
@@ -39,7 +39,7 @@ class VerificationKey:
 
 
 def secret_key(secret: str) -> VerificationKey:
-    """A shared secret, for the HMAC algorithms that it is long enough for."""
+    """Returns a shared secret as a key, for the HMAC algorithms that it is long enough for."""
     length = len(secret.encode())
     return VerificationKey(
         secret, frozenset(name for name, least in HMAC_ALGORITHMS.items() if length >= least)
@@ -47,7 +47,7 @@ def secret_key(secret: str) -> VerificationKey:
 
 
 def load_public_key(path: Path) -> VerificationKey:
-    """The public key of a PEM file, or of the certificate in it. Raises UnusableKey and OSError."""
+    """Returns the public key of a PEM file, or of the certificate in it. Raises UnusableKey and OSError."""
     content = path.read_bytes()
     if b"PRIVATE KEY-----" in content:
         raise UnusableKey(f"{path}: a private key; exportd needs the public one alone")
@@ -67,9 +67,9 @@ def load_public_key(path: Path) -> VerificationKey:
 
 
 def parse_jwks(document: bytes) -> tuple[VerificationKey, ...]:
-    """The keys of a JSON Web Key Set (RFC 7517) that tokens can be verified with; others are passed over.
+    """Returns the keys of a JSON Web Key Set (RFC 7517) that can verify tokens, and ignores the others.
 
-    Raises UnusableKey where there is none.
+    Raises UnusableKey if there is none.
     """
     try:
         entries = orjson.loads(document)["keys"]
@@ -87,12 +87,12 @@ def parse_jwks(document: bytes) -> tuple[VerificationKey, ...]:
 
 
 def _parse_jwk(entry: dict[str, Any]) -> VerificationKey | None:
-    # A secret in a published document is none.
+    # A symmetric key in a published document is not secret.
     if entry.get("kty") not in ("RSA", "EC", "OKP") or entry.get("use", "sig") != "sig":
         return None
     key_id, algorithm = entry.get("kid"), entry.get("alg")
     try:
-        # Which algorithm PyJWT binds it to does not matter: the kind of the key decides below.
+        # The algorithm that PyJWT chooses does not matter: the kind of the key decides below.
         key = jwt.PyJWK({name: value for name, value in entry.items() if name not in ("alg", "d")}).key
         algorithms = _algorithms_of(key)
     except (jwt.PyJWTError, UnusableKey, ValueError, TypeError):

@@ -1,4 +1,4 @@
-"""Bearer tokens: a JWT becomes a principal, and back."""
+"""Bearer tokens: verifies JWTs and signs them."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ if TYPE_CHECKING:
 
 _SIGNING_ALGORITHM = "HS256"
 _SECRET_BYTES = 32
-# A user's id ends up in log lines, rows and headers; nobody's is longer.
+# A user id goes into log lines, rows and headers.
 _MAX_USER_ID_LENGTH = 255
 _MAX_TOKEN_LENGTH = 16 * 1024
-# In seconds since 1970; up to here every JSON parser reads whole numbers exactly.
+# In seconds since 1970. Every JSON parser reads whole numbers up to here exactly.
 _MAX_TIME = 2**53
-# Verified tokens are remembered: a check costs as much as all the rest of the authentication.
+# Verified tokens are cached, because a verification costs as much as the rest of the authentication.
 _MAX_REMEMBERED_TOKENS = 1024
 
 
 class InvalidToken(Exception):
-    """The token does not prove who is asking. The message says why, for the log, never for the client."""
+    """The token does not authenticate the caller. The message is for the log, never for the client."""
 
 
 class KeysUnavailable(Exception):
-    """The token may be good: the identity provider, whose keys would tell, does not answer."""
+    """The token may be valid, but the identity provider, whose keys it needs, does not respond."""
 
 
 class CannotSign(OperatorError):
@@ -45,16 +45,16 @@ class CannotSign(OperatorError):
 
 
 class _UnknownKey(InvalidToken):
-    """The token names a key that is not known, or not yet."""
+    """The token names an unknown key."""
 
 
 @dataclass(frozen=True, slots=True)
 class Claims:
-    """What a token must say, and where it says who its bearer is.
+    """The claims that a token must have, and those that name its user and role.
 
     ``user``, ``role``: names of claims, or paths into nested ones such as ``realm_access.roles``. The role is
-    a string or a list of them; whose role is ``admin_role`` is an admin. ``issuer``, ``audience``: none where
-    empty; a token for an audience is refused where none is configured (RFC 7519, section 4.1.3).
+    a string or a list of strings; ``admin_role`` makes an admin. ``issuer``, ``audience``: not required if
+    empty. A token for an audience is rejected if none is configured (RFC 7519, section 4.1.3).
     """
 
     user: str = "userId"
@@ -89,10 +89,9 @@ class Tokens:
         self._verified: dict[str, Principal] = {}
 
     async def verify(self, token: str) -> Principal:
-        """The principal a token was issued to. Raises InvalidToken and KeysUnavailable.
+        """Returns the principal of a token. Raises InvalidToken and KeysUnavailable.
 
-        A token that was good a moment ago is good until it expires or the provider's keys change, and is not
-        verified again.
+        A verified token is cached until it expires or the provider's keys change.
         """
         if self._remote is not None and self._remote.version != self._remote_version:
             self._remote_version = self._remote.version
@@ -113,7 +112,7 @@ class Tokens:
                     raise
                 raise KeysUnavailable(str(error)) from error
         if len(self._verified) >= _MAX_REMEMBERED_TOKENS:
-            # Dictionaries keep their order: the one remembered longest goes.
+            # Dictionaries keep their order, so the oldest token is removed.
             del self._verified[next(iter(self._verified))]
         self._verified[token] = principal
         return principal
@@ -125,7 +124,7 @@ class Tokens:
             header = jwt.get_unverified_header(token)
             claims = self._verified_claims(token, header)
         except (jwt.InvalidTokenError, ValueError, TypeError, OverflowError, RecursionError) as error:
-            # PyJWT lets some nonsense through to what it calls.
+            # PyJWT does not catch every error of the libraries that it calls.
             raise InvalidToken(ascii(str(error))) from error
         user_id = _find_claim(claims, self._claims.user)
         if isinstance(user_id, int) and not isinstance(user_id, bool):
@@ -142,7 +141,7 @@ class Tokens:
         if algorithm not in self._algorithms:
             raise InvalidToken(f"algorithm {algorithm!a:.40} is not allowed")
         keys = [*self._local, *(self._remote.keys if self._remote else ())]
-        # A key without a name of its own may be meant by any.
+        # A key without a name matches every name.
         fitting = [
             key
             for key in keys
@@ -167,7 +166,7 @@ class Tokens:
                 issuer=self._claims.issuer,
                 audience=self._claims.audience or None,
                 leeway=self._claims.leeway_seconds,
-                # The user's claim is checked by its own rules, which let numbers pass.
+                # The user's claim has rules of its own, which accept numbers.
                 options={"require": ["exp"], "verify_sub": False},
             )
         except jwt.InvalidAudienceError as error:
@@ -177,7 +176,7 @@ class Tokens:
         return claims
 
     def sign(self, user_id: str, role: str | None, ttl_seconds: int) -> str:
-        """A token for ``user_id`` that is valid for ``ttl_seconds`` from now. Raises CannotSign."""
+        """Returns a token for ``user_id`` that is valid for ``ttl_seconds`` from now. Raises CannotSign."""
         if self._secret is None or _SIGNING_ALGORITHM not in self._algorithms:
             raise CannotSign(
                 "tokens come from the identity provider here: no secret is configured to sign with"
@@ -195,20 +194,20 @@ class Tokens:
 
 
 def _read_times(claims: dict[str, Any]) -> float:
-    """When the token expires, in seconds since 1970. Raises InvalidToken.
+    """Returns when the token expires, in seconds since 1970. Raises InvalidToken.
 
-    Times are numbers (RFC 7519, section 2). PyJWT 2.15 takes text and truth values for some.
+    Times are numbers (RFC 7519, section 2). PyJWT 2.15 also accepts text and booleans for some.
     """
     for name in ("exp", "iat", "nbf"):
         value = claims.get(name, 0)
-        # A number of 400 digits is no float.
+        # A number of 400 digits does not fit a float.
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _MAX_TIME:
             raise InvalidToken(f"claim {name!r} is not a time")
     return float(claims["exp"])
 
 
 def _find_claim(claims: dict[str, Any], path: str) -> object:
-    """The claim of that very name (which may be an address with dots in it), or the one at the path."""
+    """Returns the claim with exactly that name (which may be a URL with dots), or the claim at the path."""
     if path in claims:
         return claims[path]
     found: object = claims
@@ -220,7 +219,7 @@ def _find_claim(claims: dict[str, Any], path: str) -> object:
 
 
 def _put_claim(claims: dict[str, Any], path: str, value: str) -> None:
-    """Where ``_find_claim`` finds it."""
+    """Sets the claim where ``_find_claim`` looks for it."""
     if "://" in path:
         claims[path] = value
         return
@@ -231,7 +230,7 @@ def _put_claim(claims: dict[str, Any], path: str, value: str) -> None:
 
 
 def _is_storable(user_id: str) -> bool:
-    """Whether the database and the logs can hold it: NUL and halves of surrogate pairs they cannot."""
+    """Whether the database and the logs can hold it: they cannot hold NUL and lone surrogates."""
     try:
         user_id.encode()
     except UnicodeEncodeError:
@@ -240,7 +239,7 @@ def _is_storable(user_id: str) -> bool:
 
 
 def make_tokens(settings: AuthSettings, data_dir: Path, remote: RemoteKeys | None = None) -> Tokens:
-    """Signs and verifies with the configured keys, or else with the data folder's own secret.
+    """Returns Tokens with the configured keys, or else with the data folder's own secret.
 
     Raises OSError, UnusableKey and SettingsError.
     """
@@ -264,9 +263,9 @@ def make_tokens(settings: AuthSettings, data_dir: Path, remote: RemoteKeys | Non
 
 
 def load_or_make_secret(data_dir: Path) -> str:
-    """The secret of a data folder, made at random the first time and readable by its owner alone.
+    """Returns the secret of a data folder. It is random, and readable only by its owner.
 
-    Processes that start together end up with the same one. Raises OSError.
+    Processes that start together get the same secret. Raises OSError.
     """
     path = data_dir / "secret"
     data_dir.mkdir(parents=True, exist_ok=True)
@@ -278,7 +277,7 @@ def load_or_make_secret(data_dir: Path) -> str:
             file.flush()
             os.fsync(descriptor)
         try:
-            # A link never replaces: whoever comes second keeps the first one's secret.
+            # A link replaces no file: the second process uses the first one's secret.
             path.hardlink_to(draft)
         except FileExistsError:
             pass

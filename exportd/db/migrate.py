@@ -107,8 +107,11 @@ def migration_status(dsn: str) -> list[MigrationState]:
 
 
 def migrate_up(dsn: str) -> list[str]:
-    """Applies the pending migrations and returns their names. Raises DatabaseNotReachable and
-    MigrationError.""" with _locked_backend(dsn) as backend:
+    """Applies the pending migrations and returns their names.
+
+    Raises DatabaseNotReachable and MigrationError.
+    """
+    with _locked_backend(dsn) as backend:
         pending = backend.to_apply(yoyo.read_migrations(str(_FOLDER)))
         backend.apply_migrations(pending)
         return [item.id for item in pending]

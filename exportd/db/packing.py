@@ -122,7 +122,8 @@ async def take_job(database: Database, packer_id: UUID) -> PackingJob | None:
 
 async def release_jobs(database: Database, packer_id: UUID) -> None:
     """Lets the job wait again that the packer held when it was killed. The attempt counts. Raises
-    DatabaseUnavailable.""" await database.fetch_all(_RELEASE_OWN, (packer_id,))
+    DatabaseUnavailable."""
+    await database.fetch_all(_RELEASE_OWN, (packer_id,))
 
 
 async def note_progress(database: Database, job: PackingJob, packer_id: UUID, percent: int) -> bool:

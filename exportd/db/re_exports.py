@@ -34,7 +34,8 @@ SELECT %s, user_id, 'pending', tool_data, now(), package_retention_days, pack_so
 
 async def lock_re_exports(session: Session, user_id: str) -> None:
     """Serialises the re-exports of a user's jobs until the session's transaction ends. Raises
-    DatabaseUnavailable.""" await session.fetch_all(
+    DatabaseUnavailable."""
+    await session.fetch_all(
         "SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", (f"exportd re-exports of {user_id}",)
     )
 

@@ -45,7 +45,8 @@ class RecordedPackage:
 
 async def list_packages(database: Database, job_id: UUID | None, after: UUID | None) -> list[RecordedPackage]:
     """Returns the package of ``job_id``, or the next ones by id. Empty at the end. Raises
-    DatabaseUnavailable.""" if job_id is not None:
+    DatabaseUnavailable."""
+    if job_id is not None:
         rows = [] if after else await database.fetch_all(_LIST_ONE, (job_id,))
     else:
         rows = await database.fetch_all(_LIST_NEXT, (after or UUID(int=0),))
@@ -58,6 +59,9 @@ async def mark_suspect(database: Database, package: RecordedPackage) -> None:
 
 
 async def mark_sound(database: Database, package: RecordedPackage) -> bool:
-    """Clears the mark, so that the package is served again. False: the job has another package now. Raises DatabaseUnavailable."""
+    """Clears the mark, so that the package is served again. False: the job has another package now.
+
+    Raises DatabaseUnavailable.
+    """
     values = (package.job_id, package.package_path, package.sha256)
     return await database.fetch_one(_MARK_SOUND, values) is not None

@@ -1,8 +1,8 @@
-"""Pages that are not in memory: asked about before they are needed, and fetched where waiting harms nobody.
+"""Cold pages: detects pages of a file that are not in memory, and reads them in threads.
 
-``sendfile`` and ``read`` wait for the disk, and with them the whole loop. A read with ``RWF_NOWAIT`` tells in
-about a microsecond whether it would have to wait. It is a hint only: it may also say so for other reasons,
-such as an access time to be written, so what it sends to the threads is not asked about a second time.
+``sendfile`` and ``read`` wait for the disk and block the event loop. A read with ``RWF_NOWAIT`` reports
+within about a microsecond whether it would wait. It is only a hint: it may report that for other reasons,
+such as a pending write of the access time. So pages that a thread has read are not checked again.
 """
 
 import asyncio
@@ -12,9 +12,9 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 _NO_WAIT = getattr(os, "RWF_NOWAIT", 0)
-# One disk gains nothing from more readers than this; each holds one slice of memory.
+# More readers do not make one disk faster. Each holds one slice in memory.
 _THREADS = 8
-# How far the kernel is asked to read beyond what is needed now.
+# How far ahead the kernel is asked to read.
 _READ_AHEAD_BYTES = 4 * 1024 * 1024
 
 _threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="exportd-cold")
@@ -22,7 +22,7 @@ _scratch = threading.local()
 
 
 def read_resident(descriptor: int, offset: int, size: int) -> bytes | None:
-    """Up to ``size`` bytes, if they can be had without waiting; None where they cannot, or nobody can tell.
+    """Returns up to ``size`` bytes if that needs no waiting, else None; None also if the system cannot tell.
 
     Raises OSError.
     """
@@ -41,7 +41,8 @@ def read_resident(descriptor: int, offset: int, size: int) -> bytes | None:
 
 
 async def read(descriptor: int, offset: int, size: int) -> tuple[bytes, bool]:
-    """As ``os.pread``, without ever blocking the loop; and whether that took a thread. Raises OSError."""
+    """Like ``os.pread``, but never blocks the loop. Also returns whether it needed a thread. Raises
+    OSError."""
     data = read_resident(descriptor, offset, size)
     if data is not None:
         return data, False
@@ -50,7 +51,7 @@ async def read(descriptor: int, offset: int, size: int) -> tuple[bytes, bool]:
 
 
 def is_resident(descriptor: int, offset: int, size: int) -> bool:
-    """Whether sending these bytes would likely not wait: judged by the first page and the last.
+    """Whether these bytes are probably in memory: checks the first and the last page.
 
     Raises OSError.
     """
@@ -62,7 +63,7 @@ def is_resident(descriptor: int, offset: int, size: int) -> bool:
 
 
 async def make_resident(descriptor: int, offset: int, size: int) -> None:
-    """Brings these bytes into memory, and asks the kernel for those behind them. Raises OSError."""
+    """Reads these bytes into memory, and asks the kernel to read ahead. Raises OSError."""
     loop = asyncio.get_running_loop()
     await loop.run_in_executor(_threads, _touch, descriptor, offset, size)
 

@@ -1,7 +1,7 @@
-"""A total rate, divided among users by what they can take, however many connections each opens.
+"""Divides a total rate among users by what they can take, however many connections each one opens.
 
-Four times a second every process looks at how much its connections took and tells the others (the board); all
-come to the same division, and each applies it to its own connections.
+Four times a second every process measures what its connections took and shares it with the others (the
+board). All processes compute the same division, and each applies it to its own connections.
 """
 
 import asyncio
@@ -15,14 +15,15 @@ from exportd.limits.board import Board, Entry
 from exportd.limits.fairness import share_by_group
 
 _LOOK_SECONDS = 0.25
-# A connection that takes less than this part of its rate cannot take more; it is offered a little more than
-# it takes, to find out when it can. A user's connections share what they are offered at the least.
+# A connection that takes less than this part of its rate is limited by its client. It is offered a little
+# more than it takes, to notice when it can take more. A user's connections share the least that they are
+# offered.
 _CONTENT = 0.75
 _HEADROOM = 1.3
 _MIN_PART = 0.01
-# Clients read in bursts: what they take is averaged over a second and a half or so.
+# Clients read in bursts, so the measurements are averaged over about one and a half seconds.
 _SMOOTHING = 0.15
-# A new connection is given time to show what it can take: TCP starts slowly.
+# A new connection is not judged yet, because TCP starts slowly.
 _GRACE_LOOKS = 12
 
 
@@ -49,10 +50,10 @@ class FairShare:
     def member(
         self, entry: Entry, acknowledged: Callable[[], int], set_rate: Callable[[int], None]
     ) -> Iterator[None]:
-        """A delivery that takes part while the block lasts.
+        """Adds a delivery while the block runs.
 
-        ``acknowledged`` tells how many bytes the other side has; ``set_rate`` is called with bytes a second,
-        at once and whenever they change.
+        ``acknowledged`` returns the bytes that the client has. ``set_rate`` is called with bytes per second,
+        immediately and at each change.
         """
         self._members[entry] = _Member(entry, acknowledged, set_rate, acknowledged())
         self._divide()
@@ -63,7 +64,7 @@ class FairShare:
             self._divide()
 
     async def run(self) -> None:
-        """Looks until it is cancelled."""
+        """Measures and divides until it is cancelled."""
         loop = asyncio.get_running_loop()
         before = loop.time()
         while True:
@@ -73,7 +74,7 @@ class FairShare:
             before = now
 
     def look(self, seconds: float) -> None:
-        """Divides anew, by what each took in the seconds since the last look."""
+        """Divides by what each connection took in the seconds since the last call."""
         connections = Counter(entry.user for entry in self._members)
         for member in self._members.values():
             taken = member.acknowledged()
@@ -92,7 +93,7 @@ class FairShare:
         everybody = [(entry.user, entry.demand) for entry in own + self._board.others()]
         for entry, rate in zip(own, share_by_group(self._total, everybody), strict=False):
             member = self._members[entry]
-            # A few per cent are not worth a system call.
+            # A change of two per cent is not worth a system call.
             if abs(rate - member.rate) > 0.02 * rate or not math.isfinite(member.rate):
                 member.set_rate(max(1, round(rate)))
                 member.rate = rate

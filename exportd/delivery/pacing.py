@@ -1,11 +1,11 @@
-"""How fast a connection may send, and how much may wait in it. The kernel keeps both where it can (Linux)."""
+"""The rate of a connection, and the unsent bytes in its socket. The kernel limits both if it can (Linux)."""
 
 import asyncio
 import socket
 import struct
 import sys
 
-# Not in the socket module; asm-generic/socket.h.
+# Missing in the socket module; from asm-generic/socket.h.
 _SO_MAX_PACING_RATE = 47
 _UNLIMITED = 2**64 - 1
 _MAX_UNSENT_BYTES = 1024 * 1024
@@ -14,7 +14,7 @@ _MAX_WAIT_SECONDS = 0.25
 
 
 def pace_by_kernel(connection: int, rate_bytes_per_second: int) -> bool:
-    """Limits what the socket sends from now on; 0 lifts the limit. False where the kernel cannot."""
+    """Limits the rate of the socket from now on; 0 removes the limit. False if the kernel cannot."""
     if sys.platform != "linux":
         return False
     rate = struct.pack("Q", rate_bytes_per_second or _UNLIMITED)
@@ -22,10 +22,10 @@ def pace_by_kernel(connection: int, rate_bytes_per_second: int) -> bool:
 
 
 def limit_unsent(connection: int) -> None:
-    """Keeps short what waits in the socket and is not yet on its way.
+    """Limits the bytes that wait unsent in the socket.
 
-    The buffer would otherwise grow to many megabytes: bytes that nobody could speak for if the daemon were
-    killed, and that are out of the processor's cache when their turn comes.
+    Otherwise the buffer grows to many megabytes. If the daemon were killed, nobody would know which of them
+    arrived; and they leave the processor's cache before they are sent.
     """
     if hasattr(socket, "TCP_NOTSENT_LOWAT"):
         limit = struct.pack("i", _MAX_UNSENT_BYTES)
@@ -33,7 +33,7 @@ def limit_unsent(connection: int) -> None:
 
 
 def _set_option(connection: int, level: int, option: int, value: bytes) -> bool:
-    # A socket object for the call alone: detach() leaves the descriptor to its owner.
+    # A temporary socket object: detach() leaves the descriptor to its owner.
     handle = socket.socket(fileno=connection)
     try:
         handle.setsockopt(level, option, value)
@@ -45,9 +45,9 @@ def _set_option(connection: int, level: int, option: int, value: bytes) -> bool:
 
 
 class Pacer:
-    """Keeps a rate by waiting, for where the kernel does not: call ``pace`` after each chunk.
+    """Limits a rate by waiting, if the kernel cannot: call ``pace`` after each chunk.
 
-    ``rate`` (bytes a second) may be changed at any time.
+    ``rate`` (bytes per second) may be changed at any time.
     """
 
     def __init__(self, rate: int) -> None:
@@ -59,7 +59,7 @@ class Pacer:
     async def pace(self, sent_bytes: int) -> None:
         """Waits until ``sent_bytes`` more are within the rate."""
         self._look()
-        # What a stalled client did not use is not saved up for a burst.
+        # The rate that a stalled client did not use is not saved for a burst.
         self._ahead = max(self._ahead, -0.1 * self.rate) + sent_bytes
         while self._ahead >= 1:
             await asyncio.sleep(min(self._ahead / self.rate, _MAX_WAIT_SECONDS))

@@ -1,34 +1,34 @@
-"""The progress of a running delivery, and what ends it early."""
+"""The progress of a running delivery, and the errors that end it early."""
 
 from dataclasses import dataclass
 from typing import Protocol
 
 
 class DeliveryAborted(Exception):
-    """The client went away before the last byte. The message says how."""
+    """The client disconnected before the last byte. The message says how."""
 
 
 class PackageUnreadable(Exception):
-    """The system refused to read the open package. The message says why."""
+    """The system could not read the open package. The message says why."""
 
 
 class Observer(Protocol):
-    """Is told how deliveries go, slice by slice; must cost next to nothing."""
+    """Called during deliveries, slice by slice. It must be cheap."""
 
     def bytes_sent(self, method: str, count: int) -> None:
-        """So many bytes of a package were handed to the kernel, by ``sendfile`` or by ``chunks``."""
+        """The kernel has taken that many bytes of a package."""
 
     def slice_sent(self, seconds: float, is_cold: bool) -> None:
-        """Sending (sendfile) or reading (chunks) one slice took so long; cold: with waiting for the disk."""
+        """Sending (sendfile) or reading (chunks) a slice took that long. Cold: it included waiting for the
+        disk."""
 
 
 @dataclass(slots=True)
 class Progress:
-    """How far a delivery is, while it runs.
+    """The progress of a running delivery, in bytes of the package.
 
-    ``bytes_sent`` counts the package's bytes that were handed to the kernel, ``bytes_acknowledged`` those
-    that the other side's kernel has confirmed, as of a second ago at most. ``bytes_written`` is what was
-    handed to the transport, where one is used; it may hold some of that back.
+    The kernel has taken ``bytes_sent``. The client's kernel has confirmed ``bytes_acknowledged``, which is a
+    second old at most. ``bytes_written`` were written to the transport, which may still hold some.
     """
 
     bytes_written: int = 0

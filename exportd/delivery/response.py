@@ -26,9 +26,9 @@ from exportd.limits.board import Entry
 from exportd.settings import DownloadSettings
 from exportd.storage.files import OpenPackage, PackageChanged
 
-# Below this a socket's buffer takes all of a package anyway.
+# A socket's buffer takes a smaller package as a whole.
 _LARGE_BYTES = 1024 * 1024
-# Until a share is known.
+# The rate until the first share is known.
 _UNPACED = 2**40
 
 
@@ -73,7 +73,7 @@ class Sender:
         except asyncio.CancelledError:
             outcome, reason = Outcome.ABORTED, "shutdown"
         except BaseException:
-            # A defect, or no descriptor left. An error page may follow only if no headers are out.
+            # A defect, or no descriptor left. An error response may follow only if no headers are out.
             if response.prepared:
                 sending.abort()
             raise

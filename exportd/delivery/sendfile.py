@@ -1,7 +1,7 @@
-"""The kernel sends the package: ``os.sendfile`` on a duplicate of the connection's descriptor.
+"""Sending a package by ``os.sendfile``, on a duplicate of the connection's descriptor.
 
-The duplicate lets the loop watch for writability beside the transport, and cannot be taken by another
-connection when the transport closes first. Header bytes must have left the transport before the first call.
+The event loop can watch the duplicate for writability beside the transport. Its number cannot go to another
+connection when the transport closes first. The headers must have left the transport before the first call.
 """
 
 import asyncio

@@ -1,7 +1,7 @@
-"""Clients that take nothing: a delivery whose other side makes no progress is ended.
+"""Stall detection: aborts a delivery whose client stops acknowledging data.
 
-Progress is what leaves the socket's send queue, as the kernel counts it, and not when the socket has room
-again: a slow client may need minutes for that.
+Progress is measured by the socket's send queue, and not by the socket becoming writable: a slow client may
+need minutes for that.
 """
 
 import asyncio
@@ -20,8 +20,8 @@ from exportd.settings import DownloadSettings
 _FIRST_PAUSE_SECONDS = 0.001
 _MAX_PAUSE_SECONDS = 0.1
 _TCP_CLOSE = 7  # Linux, include/net/tcp_states.h
-# A TLS client that has everything and leaves never acknowledges our good-bye (close_notify: 24 bytes by TLS
-# 1.3, 31 at most by 1.2). So one that is reset with less than this missing is taken to have the rest.
+# A TLS client that has everything and disconnects never acknowledges close_notify (24 bytes in TLS 1.3, at
+# most 31 in 1.2). So a connection that is reset with less than this missing counts as complete.
 _MAX_ALERT_BYTES = 32
 
 
@@ -47,7 +47,7 @@ class Watch:
         self.reason: str | None = None
 
     def __enter__(self) -> Self:
-        # A descriptor of our own outlives the transport's, and no other connection can get its number.
+        # A duplicate outlives the transport's descriptor, and no other connection can get its number.
         self._connection = os.dup(self._transport.get_extra_info("socket").fileno())
         self._timer = self._loop.call_later(self._interval, self._look)
         return self
@@ -65,12 +65,12 @@ class Watch:
         return self._connection
 
     def acknowledged(self) -> int:
-        """How many bytes of the package the other side's kernel has, as of now."""
+        """The bytes of the package that the client's kernel has now."""
         self._count_acknowledged()
         return self._progress.bytes_acknowledged
 
     async def wait_until_writable(self) -> None:
-        """Raises DeliveryAborted when it is no use waiting any longer."""
+        """Raises DeliveryAborted when the client stalls or has disconnected."""
         waiter = self._waiter = self._loop.create_future()
         self._loop.add_writer(self._connection, _wake, waiter)
         try:
@@ -80,16 +80,16 @@ class Watch:
             self._loop.remove_writer(self._connection)
 
     async def wait_until_acknowledged(self) -> None:
-        """Once everything was sent: waits until the other side's kernel has it all.
+        """After the last byte was sent, waits until the client's kernel has acknowledged it.
 
-        Raises DeliveryAborted when it has gone before, or makes no progress. A client may have closed its own
-        side of the connection meanwhile; what it still takes is delivered.
+        Raises DeliveryAborted if the client disconnects first, or makes no progress. A client may have closed
+        its sending side; it still gets the rest.
         """
         self._all_is_sent = True
         is_encrypted = self._transport.get_extra_info("sslcontext") is not None
         pause = _FIRST_PAUSE_SECONDS
-        # Below TLS is a transport that may hold something back, which nobody can ask. It hands it on as soon
-        # as the socket takes it: a queue that stays empty is the end.
+        # Below TLS, uvloop's transport may hold bytes and offers no way to ask. It passes them on as soon as
+        # the socket takes them, so a queue that stays empty has ended.
         while self._queued_bytes() or (is_encrypted and not await self._stays_empty()):
             if self._has_connection_ended():
                 if self._queued_bytes() > (_MAX_ALERT_BYTES if is_encrypted else 0):
@@ -109,13 +109,13 @@ class Watch:
         elif self._waiter is not None and not self._waiter.done():
             self._waiter.set_exception(DeliveryAborted(self.reason))
         else:
-            # Whoever waits for the transport to drain hears of it from the transport.
+            # A sender that waits in drain() gets an exception from the transport.
             self._transport.abort()
 
     def _judge(self, now: float) -> str | None:
         if self._transport.is_closing() and not self._all_is_sent:
             return "client disconnected"
-        # One large chunk may be on its way for long.
+        # A large chunk may take long to leave the transport.
         handed_on = self._progress.bytes_written - self._transport.get_write_buffer_size()
         self._progress.bytes_sent = max(self._progress.bytes_sent, handed_on)
         taken = self._progress.bytes_sent - self._queued_bytes()
@@ -143,12 +143,12 @@ class Watch:
         return not self._queued_bytes()
 
     def _count_acknowledged(self) -> None:
-        # The body's bytes are the last in the queue: nothing else is written before the handler ends.
+        # The body's bytes are the last in the queue, because only the handler writes until it ends.
         acknowledged = max(self._progress.bytes_sent - self._queued_bytes(), 0)
         self._progress.bytes_acknowledged = max(acknowledged, self._progress.bytes_acknowledged)
 
     def _has_connection_ended(self) -> bool:
-        """Whether the connection was reset or timed out: nothing will be acknowledged any more."""
+        """Whether the connection was reset or timed out, so that no further byte will be acknowledged."""
         if not hasattr(socket, "TCP_INFO"):
             return self._transport.is_closing()
         with socket.socket(fileno=os.dup(self._connection)) as connection:
@@ -157,12 +157,12 @@ class Watch:
 
 
 def interval_seconds(stall_timeout_seconds: float) -> float:
-    """How often a connection is looked at for a stall."""
+    """The interval between checks for a stall."""
     return min(max(stall_timeout_seconds / 4, 0.02), 1.0)
 
 
 def queued_bytes(descriptor: int) -> int:
-    """Bytes in a socket's send queue that the other side has not acknowledged."""
+    """Returns the bytes in a socket's send queue that the client has not acknowledged."""
     answer = fcntl.ioctl(descriptor, termios.TIOCOUTQ, b"\0\0\0\0")
     queued: int = struct.unpack("i", answer)[0]
     return queued

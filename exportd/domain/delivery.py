@@ -41,7 +41,7 @@ class Failure(StrEnum):
     CHANGED = "changed"
 
 
-# What a delivery's reason says, where the daemon ended it.
+# The reasons of deliveries that the daemon ended.
 _ABORTS = {
     "stalled": Failure.STALLED,
     "too slow": Failure.TOO_SLOW,

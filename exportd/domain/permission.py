@@ -1,7 +1,6 @@
-"""Who may download what, and when: a pure function of principal, job and the clock.
+"""Permission to download: a pure function of principal, job and time.
 
-Permission is decided before readiness and expiry, so that a stranger learns nothing of a job but that it
-exists.
+Permission is decided before readiness and expiry, so that other users learn only that a job exists.
 """
 
 import enum
@@ -12,26 +11,27 @@ from exportd.domain.principal import Principal
 
 
 class Decision(enum.Enum):
-    """What becomes of a request for a package."""
+    """The decision on a request for a package."""
 
     ALLOWED = enum.auto()
     UNAUTHORIZED = enum.auto()
     NOT_READY = enum.auto()
     EXPIRED = enum.auto()
-    # Past its expiry: who began before may go on for the grace time.
+    # Expired, but an unfinished download may be resumed for the grace time.
     RESUMABLE = enum.auto()
     SUSPECT = enum.auto()
 
 
 def may_see(principal: Principal, creator: str) -> bool:
-    """Whether a principal may see a job of that creator at all."""
+    """Whether a principal may see a job of that creator."""
     return principal.is_admin or principal.user_id == creator
 
 
 def decide_download(principal: Principal, job: Job, grace: timedelta) -> Decision:
-    """Whether a principal may download the job's package, by the database's clock when the job was read.
+    """Decides whether a principal may download the job's package, by the database's clock when the job was
+    read.
 
-    ``grace`` is how long after the expiry a download may be resumed that began before.
+    ``grace`` is how long after the expiry an unfinished download may be resumed.
     """
     if not may_see(principal, job.user_id):
         return Decision.UNAUTHORIZED

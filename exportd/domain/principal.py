@@ -1,4 +1,4 @@
-"""Who is asking."""
+"""The authenticated caller."""
 
 import math
 from dataclasses import dataclass, field
@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """The bearer of a verified token, which is good until ``expires_at`` (seconds since the epoch).
+    """The user of a verified token, which is valid until ``expires_at`` (seconds since the epoch).
 
-    ``by_link``: whoever has a link that the user made, and perhaps nobody the user knows.
+    ``by_link``: the caller has a link that the user made, and may be anybody.
     """
 
     user_id: str

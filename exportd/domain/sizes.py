@@ -1,4 +1,4 @@
-"""Sizes for people, and the ranges of sizes that statistics and metrics tell apart."""
+"""Sizes for people, and the ranges of sizes in statistics and metrics."""
 
 from bisect import bisect_right
 
@@ -14,12 +14,12 @@ def format_size(size_bytes: int) -> str:
     if size_bytes < 1024:
         return f"{size_bytes} B"
     value, unit = size_bytes / 1024, 0
-    # 1023.95 would be shown as 1024.0 of its unit.
+    # 1023.95 would be shown as 1024.0.
     while value >= 1023.95 and unit < len(_UNITS) - 1:
         value, unit = value / 1024, unit + 1
     return f"{value:.1f} {_UNITS[unit]}"
 
 
 def size_range(size_bytes: int) -> str:
-    """One of ``SIZE_RANGES``, by decimal units; a bound belongs to the range above it."""
+    """Returns one of ``SIZE_RANGES``, in decimal units. A bound belongs to the range above it."""
     return SIZE_RANGES[bisect_right(LOWER_BOUNDS, size_bytes)]

@@ -7,8 +7,7 @@ from uuid import UUID
 
 @dataclass(frozen=True, slots=True)
 class SizeSummary:
-    """Whole downloads of packages of one range of sizes: the first, the second, … Throughput is bytes by
-    seconds."""
+    """Downloads in one delivery, of packages in one range of sizes."""
 
     range_number: int
     downloads: int
@@ -18,7 +17,7 @@ class SizeSummary:
 
 @dataclass(frozen=True, slots=True)
 class FailureCount:
-    """How many deliveries ended that way, for that reason (empty: none is known)."""
+    """The number of deliveries that ended with an outcome for a reason (empty: unknown)."""
 
     outcome: str
     reason: str
@@ -43,9 +42,10 @@ class DeliverySummary:
 
 @dataclass(frozen=True, slots=True)
 class DownloadStatistics:
-    """The downloads of a job (``user_id``: its creator), or of all where ``job_id`` is None.
+    """The downloads of a job (``user_id``: its creator), or of all jobs if ``job_id`` is None.
 
-    ``unique_users`` is how many completed a delivery; ``recent`` holds the last deliveries, newest first.
+    ``unique_users`` is the number of users who completed a delivery. ``recent`` holds the last deliveries,
+    newest first.
     """
 
     job_id: UUID | None

@@ -1,5 +1,5 @@
-"""What a body is made of: the whole package, one range, or several framed as ``multipart/byteranges``
-(RFC 9110, section 14.6)."""
+"""The body of a response: the whole package, one range, or several as ``multipart/byteranges`` (RFC 9110,
+section 14.6)."""
 
 import secrets
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from exportd.http.ranges import ByteRange
 
-# Text that frames, or a range of the package.
+# Framing bytes, or a range of the package.
 Segment = bytes | ByteRange
 
 
@@ -20,9 +20,9 @@ class Body:
 
 
 def frame_body(status: int, parts: Sequence[ByteRange], size: int, content_type: str) -> Body:
-    """The body of a 200 or 206 that sends ``parts`` of a package of ``size`` bytes."""
+    """Returns the body of a 200 or 206 with ``parts`` of a package of ``size`` bytes."""
     if len(parts) > 1:
-        # Nobody can guess it while making a package.
+        # The boundary must not be guessable by the maker of a package.
         return _frame_parts(parts, size, content_type, boundary=secrets.token_hex(16))
     (part,) = parts
     headers = {"Content-Type": content_type, "Content-Length": str(part.length)}

@@ -1,7 +1,7 @@
 """Conditional requests (RFC 9110, section 13) as pure functions.
 
-Each check is named after the field it judges and answers None where the field says nothing, so "absent" and
-"malformed date" are never "false".
+Each check is named after its field. It returns None if the field is absent or a malformed date, so that these
+never count as false.
 """
 
 import re
@@ -20,32 +20,32 @@ def strong_match(one: str, other: str) -> bool:
 
 
 def weak_match(one: str, other: str) -> bool:
-    """Weak comparison (section 8.8.3.2): equal but for the mark of weakness."""
+    """Weak comparison (section 8.8.3.2): equal, without regard to ``W/``."""
     return one.removeprefix("W/") == other.removeprefix("W/")
 
 
 def check_if_match(value: str | None, etag: str) -> bool | None:
-    """Whether If-Match lets the request through; a malformed list matches nothing."""
+    """Whether If-Match is true. A malformed list matches nothing."""
     if value is None:
         return None
     return value.strip(" \t") == "*" or any(strong_match(tag, etag) for tag in _parse_entity_tags(value))
 
 
 def check_if_none_match(value: str | None, etag: str) -> bool | None:
-    """Whether none of If-None-Match's tags is the package's; a malformed list holds none."""
+    """Whether If-None-Match is true: none of its tags is the package's. A malformed list holds none."""
     if value is None:
         return None
     return value.strip(" \t") != "*" and not any(weak_match(tag, etag) for tag in _parse_entity_tags(value))
 
 
 def check_if_unmodified_since(value: str | None, last_modified: datetime) -> bool | None:
-    """Whether the package is no newer than the date; no date: nothing said."""
+    """Whether the package is no newer than the date."""
     date = parse_http_date(value)
     return None if date is None else last_modified <= date
 
 
 def check_if_modified_since(value: str | None, last_modified: datetime) -> bool | None:
-    """Whether the package is newer than the date; no date: nothing said."""
+    """Whether the package is newer than the date."""
     date = parse_http_date(value)
     return None if date is None else last_modified > date
 
@@ -53,7 +53,7 @@ def check_if_modified_since(value: str | None, last_modified: datetime) -> bool 
 def check_if_range(value: str | None, etag: str, last_modified: datetime) -> bool | None:
     """Whether the range may be sent: the validator is exactly the package's (section 13.1.5).
 
-    A date must be the very one, not a later one. It counts as strong, since a package never changes.
+    A date must be equal, not later. It counts as strong, because a package never changes.
     """
     if value is None:
         return None
@@ -62,8 +62,8 @@ def check_if_range(value: str | None, etag: str, last_modified: datetime) -> boo
 
 
 def parse_http_date(value: str | None) -> datetime | None:
-    """An HTTP date (section 5.6.7), or None for what is none."""
-    # strptime() would take digits of other scripts.
+    """Parses an HTTP date (section 5.6.7). None: it is malformed."""
+    # strptime() accepts digits of other scripts.
     if value is None or not value.isascii():
         return None
     for form in _DATE_FORMATS:

@@ -1,4 +1,4 @@
-"""The name a download is saved under (RFC 6266, RFC 8187)."""
+"""The file name of a download (RFC 6266, RFC 8187)."""
 
 import functools
 import re
@@ -7,11 +7,11 @@ from datetime import date
 from urllib.parse import quote
 
 _FALLBACK = "package"
-# A file name may have 255 bytes nearly everywhere; the rest of ours takes about 25.
+# Most file systems allow 255 bytes. The rest of the name takes about 25.
 _MAX_TOOL_BYTES = 150
-# The rest of a longer name is not looked at: each character costs time.
+# The rest of a longer name is ignored, because each character costs time.
 _MAX_TOOL_CHARACTERS = 1000
-# RFC 8187's attr-char, less what quote() always keeps.
+# RFC 8187's attr-char, without the characters that quote() always keeps.
 _ATTR_CHARS = "!#$&+-.^_`|~"
 
 
@@ -24,7 +24,7 @@ def package_filename(tool_name: str, day: date) -> str:
 def content_disposition(tool_name: str, day: date) -> str:
     """The value of Content-Disposition for a package.
 
-    ``filename`` is plain ASCII; where that loses something, ``filename*`` follows with the real name.
+    ``filename`` is plain ASCII. If that changes the name, ``filename*`` follows with the real name.
     """
     return _content_disposition(tool_name[:_MAX_TOOL_CHARACTERS], day)
 
@@ -41,7 +41,8 @@ def _content_disposition(tool_name: str, day: date) -> str:
 
 
 def _slug(tool_name: str) -> str:
-    """Letters, digits and symbols of any script, dots and underscores stay; all else becomes one hyphen."""
+    """Keeps letters, digits and symbols of any script, dots and underscores. Replaces other runs by a
+    hyphen."""
     text = unicodedata.normalize("NFC", tool_name).lower()
     words = re.sub(r"-+", "-", "".join(char if _is_kept(char) else "-" for char in text))
     words = re.sub(r"\.{2,}", ".", words)

@@ -1,4 +1,4 @@
-"""Whose request a proxy passes on: X-Forwarded-For, and Forwarded (RFC 7239)."""
+"""The client behind proxies: X-Forwarded-For, and Forwarded (RFC 7239)."""
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -11,10 +11,10 @@ _ADDRESS = re.compile(r"\[([^\]]*)\](?::\d+)?|([\d.]+)(?::\d+)?", re.ASCII)
 
 
 def client_address(peer: str, forwarded: Iterable[str], trusted: Collection[Network]) -> str:
-    """The address of the client: the first that is no trusted proxy's, from the peer on.
+    """Returns the client's address: the first one, from the peer on, that is not a trusted proxy's.
 
-    ``forwarded`` holds the addresses that proxies forwarded, the nearest first. What a proxy that nobody
-    trusts has written down counts for nothing and is not read, and the walk ends at what cannot be read.
+    ``forwarded`` holds the addresses that proxies reported, the nearest first. Addresses behind an untrusted
+    one are not read, and an unreadable one ends the search.
     """
     present = parse_address(peer)
     if present is None:
@@ -29,10 +29,9 @@ def client_address(peer: str, forwarded: Iterable[str], trusted: Collection[Netw
 
 
 def forwarded_addresses(name: str, fields: Sequence[str]) -> Iterator[str]:
-    """The addresses in the values of the field of that name, ``X-Forwarded-For`` or ``Forwarded``, the
-    nearest proxy's first.
+    """Yields the addresses in the values of ``X-Forwarded-For`` or ``Forwarded``, the nearest proxy's first.
 
-    A comma ends a member even in quotes, so that what a client leaves open swallows no proxy's note.
+    A comma ends a member even in quotes, so that an unclosed quote of a client hides no proxy's member.
     """
     read = _for_parameter if name.lower() == "forwarded" else str.strip
     for field in reversed(fields):
@@ -50,7 +49,7 @@ def _for_parameter(member: str) -> str:
 
 
 def parse_address(text: str) -> Address | None:
-    """With or without a port; IPv4 in IPv6's clothes is IPv4."""
+    """Parses an address with or without a port. An IPv4-mapped IPv6 address is IPv4."""
     match = _ADDRESS.fullmatch(text)
     bare = (match[1] or match[2]) if match else text
     try:
@@ -62,7 +61,7 @@ def parse_address(text: str) -> Address | None:
 
 
 def subscriber(address: str) -> str:
-    """What limits count by: an address, or the /64 that an IPv6 client has whole."""
+    """The unit of limits: an IPv4 address, or the /64 network of an IPv6 address."""
     parsed = parse_address(address)
     if isinstance(parsed, IPv6Address):
         return str(ip_network((int(parsed), 64), strict=False))

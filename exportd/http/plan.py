@@ -1,7 +1,7 @@
-"""What to answer to a request for a package: a pure function of the request's fields and the package.
+"""The plan of a response to a request for a package: a pure function of the request's fields and the package.
 
-The order is RFC 9110's, section 13.2.2: If-Match or If-Unmodified-Since, If-None-Match or
-If-Modified-Since, then Range, if If-Range lets it.
+The order is that of RFC 9110, section 13.2.2: If-Match or If-Unmodified-Since, If-None-Match or
+If-Modified-Since, then Range, if If-Range allows it.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from exportd.http.ranges import ByteRange, parse_range
 
 @dataclass(frozen=True, slots=True)
 class Representation:
-    """What is known of the package. ``etag`` is quoted; ``last_modified`` in whole seconds, UTC."""
+    """The package. ``etag`` is quoted; ``last_modified`` is in whole seconds, UTC."""
 
     size: int
     etag: str
@@ -28,8 +28,8 @@ class Representation:
 
 @dataclass(frozen=True, slots=True)
 class RequestFields:
-    """The fields that decide; None: absent. Several fields of a name are joined with a comma (section 5.3),
-    which makes two Range fields, or two dates, as invalid as they are."""
+    """The relevant fields of the request; None: absent. Several fields of a name are joined with a comma
+    (section 5.3), so two Range fields, or two dates, are invalid."""
 
     range: str | None = None
     if_range: str | None = None
@@ -48,12 +48,12 @@ class Plan:
 
     @property
     def body_length(self) -> int:
-        """Bytes of the package in the body; what frames them is not counted."""
+        """The bytes of the package in the body, without framing."""
         return sum(part.length for part in self.parts)
 
 
 def plan_response(method: str, fields: RequestFields, package: Representation, max_ranges: int) -> Plan:
-    """Plans the answer to a GET or HEAD."""
+    """Plans the response to a GET or HEAD."""
     if failed := _failed_precondition(fields, package):
         return Plan(failed)
     whole = Plan(200, (ByteRange(0, package.size),))
@@ -69,7 +69,7 @@ def plan_response(method: str, fields: RequestFields, package: Representation, m
 
 
 def _failed_precondition(fields: RequestFields, package: Representation) -> int | None:
-    """412, 304, or None where nothing stands against the answer."""
+    """Returns 412, 304, or None if every precondition is true."""
     matches = check_if_match(fields.if_match, package.etag)
     if matches is None:
         matches = check_if_unmodified_since(fields.if_unmodified_since, package.last_modified)

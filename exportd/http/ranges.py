@@ -1,12 +1,12 @@
 """Range requests (RFC 9110, section 14) as pure functions.
 
-A range is kept as a start and a length; the inclusive last position exists only in the header.
+A range is a start and a length. The inclusive last position exists only in the header.
 """
 
 import re
 from dataclasses import dataclass
 
-# OWS is space and tab only, and digits are ASCII only: int() and str.isdigit() would take more.
+# OWS is space and tab only, and digits are ASCII only: int() and str.isdigit() accept more.
 _RANGES_SPECIFIER = re.compile(r"[ \t]*bytes[ \t]*=(.*)", re.IGNORECASE | re.ASCII | re.DOTALL)
 _RANGE_SPEC = re.compile(r"([0-9]+)-([0-9]*)|-([0-9]+)", re.ASCII)
 # No package is that large, and int() takes quadratic time for long numbers.
@@ -31,12 +31,12 @@ class ByteRange:
 
 
 def parse_range(value: str, size: int, max_ranges: int) -> list[ByteRange] | None:
-    """What a Range header asks of a representation of ``size`` bytes.
+    """Parses a Range header for a representation of ``size`` bytes.
 
-    None: send the whole. The header is invalid or of another unit, or it asks for more than ``max_ranges``
-    ranges or for more bytes than there are (section 14.2 lets a server ignore what costs too much).
-    An empty list: valid, but no part of it can be satisfied, which is 416. Otherwise the ranges to send, in
-    the order asked, those that overlap or touch made one.
+    None: send the whole. The header is invalid, has another unit, or requests more than ``max_ranges`` ranges
+    or more bytes than there are (section 14.2 lets a server ignore costly headers). An empty list: valid, but
+    not satisfiable (416). Otherwise the ranges to send, in the requested order, with overlapping and adjacent
+    ones merged.
     """
     specifier = _RANGES_SPECIFIER.fullmatch(value)
     if specifier is None:
@@ -67,7 +67,7 @@ def parse_range(value: str, size: int, max_ranges: int) -> list[ByteRange] | Non
 
 
 def _coalesce(ranges: list[ByteRange]) -> list[ByteRange]:
-    """Makes ranges that overlap or touch one, at the place of the one that was asked for first."""
+    """Merges overlapping and adjacent ranges, at the place of the first requested one."""
     if len(ranges) < 2:
         return ranges
     merged: list[tuple[int, ByteRange]] = []

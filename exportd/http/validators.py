@@ -1,4 +1,4 @@
-"""Validators and digests: what lets a client know that it resumes the same bytes (RFC 9110, section 8.8)."""
+"""Validators and digests, by which a client knows that it resumes the same bytes (RFC 9110, section 8.8)."""
 
 import base64
 import functools
@@ -11,19 +11,19 @@ _SHA_256_WEIGHT = re.compile(r"sha-256=([0-9]{1,2})(?:;.*)?", re.ASCII)
 
 
 def entity_tag(sha256_hex: str) -> str:
-    """The strong ETag of a package whose content's SHA-256 is known: the same on every node, for ever."""
+    """Returns the strong ETag of a package with a SHA-256. It is the same on every node, for ever."""
     return f'"{sha256_hex}"'
 
 
 def identity_tag(device: int, inode: int, size_bytes: int, modified_ns: int) -> str:
-    """A strong ETag for a package without a digest, from what changes when the file is replaced."""
+    """Returns a strong ETag for a package without a digest. It changes when the file is replaced."""
     identity = f"{device}:{inode}:{size_bytes}:{modified_ns}".encode()
     return f'"file-{hashlib.sha256(identity).hexdigest()[:32]}"'
 
 
 def last_modified(modified: datetime, now: datetime) -> datetime:
-    """A moment as Last-Modified can say it: in UTC, rounded down to the second, and never later than Date,
-    which a client could not use (section 8.8.2.1)."""
+    """Returns a time for Last-Modified: in UTC, rounded down to the second, and never later than Date, which
+    a client could not use (section 8.8.2.1)."""
     return _whole_seconds(min(modified, now))
 
 
@@ -44,10 +44,9 @@ def repr_digest(sha256_hex: str) -> str:
 
 
 def wants_digest(field: str | None) -> bool:
-    """Whether Want-Repr-Digest (RFC 9530, section 4) leaves room for SHA-256: a weight of 0 refuses it.
+    """Whether Want-Repr-Digest (RFC 9530, section 4) allows SHA-256. A weight of 0 forbids it.
 
-    The field is a dictionary of algorithms and weights (RFC 8941); in one that does not parse, nothing is
-    refused.
+    The field is a dictionary of algorithms and weights (RFC 8941). A malformed one forbids nothing.
     """
     if field is None:
         return True

@@ -145,7 +145,8 @@ class Packer:
     @contextlib.asynccontextmanager
     async def _drafted(self, job: PackingJob, source: Source, total: int) -> AsyncIterator[DraftPackage]:
         """The job's draft. A thread packs it while this task sends heartbeats. Raises JobLost and
-        PackError.""" read, is_over = 0, threading.Event()
+        PackError."""
+        read, is_over = 0, threading.Event()
 
         def progress(count: int) -> None:
             nonlocal read

@@ -1,1 +1,1 @@
-"""Who takes how much: request rates, downloads and their shares, across the processes of a daemon."""
+"""Request rates, running downloads and their shares, across the processes of a daemon."""

@@ -1,4 +1,4 @@
-"""Who is downloading what at this moment, in all processes of a daemon."""
+"""The running deliveries in all processes of a daemon."""
 
 import hashlib
 import math
@@ -12,7 +12,7 @@ from exportd.limits.memory import ENTRIES, SharedMemory
 
 @dataclass(eq=False, slots=True)
 class Entry:
-    """One delivery. ``demand`` is what it could take, in bytes a second; inf: as much as it gets."""
+    """One delivery. ``demand`` is the rate that it can take, in bytes per second; inf: any rate."""
 
     user: int
     download: int
@@ -28,9 +28,9 @@ class Count(NamedTuple):
 
 
 class Board:
-    """Every process writes its own segment and reads those of the others.
+    """Every process writes its own segment of the shared memory and reads the others.
 
-    What does not fit (more than 4096 deliveries of one process) the others do not see.
+    A segment holds 4096 deliveries. The other processes do not see further ones.
     """
 
     def __init__(self, shared: SharedMemory) -> None:
@@ -44,8 +44,8 @@ class Board:
 
     @contextmanager
     def entry(self, user_id: str, download_id: str) -> Iterator[Entry]:
-        """A delivery that is seen by all while the block lasts. Those of one user that have the same
-        ``download_id`` are segments of one download."""
+        """Adds a delivery while the block runs. Deliveries of one user with the same ``download_id`` belong
+        to one download."""
         entry = Entry(self._hash(user_id), self._hash(f"{download_id} {user_id}"))
         slot = self._free.pop() if self._own is not None and self._free else None
         self._slots[entry] = slot
@@ -59,12 +59,12 @@ class Board:
                 self._free.append(slot)
 
     def publish(self, entry: Entry) -> None:
-        """Lets the other processes see the entry as it is now."""
+        """Writes the entry's present state for the other processes."""
         slot = self._slots[entry]
         if self._own is not None and slot is not None:
             self._own.downloads[slot] = entry.download
             self._own.demands[slot] = entry.demand
-            # Last: from here on it is seen.
+            # Written last, because it makes the entry visible.
             self._own.users[slot] = entry.user
 
     @property
@@ -73,7 +73,7 @@ class Board:
         return list(self._slots)
 
     def others(self) -> list[Entry]:
-        """Those of the other processes, as they were published."""
+        """The other processes' entries, as published."""
         return [
             Entry(user, segment.downloads[slot], segment.demands[slot])
             for segment in self._others
@@ -83,7 +83,7 @@ class Board:
         ]
 
     def count_downloads(self, entry: Entry) -> Count:
-        """What is under way, the entry itself included."""
+        """Counts the running deliveries, including the entry."""
         entries = self.own + self.others()
         return Count(
             of_user=len({other.download for other in entries if other.user == entry.user}),

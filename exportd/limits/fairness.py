@@ -1,13 +1,13 @@
-"""Max-min fairness: equal shares, and what one does not need goes to those who do."""
+"""Max-min fairness: equal shares, and the unused part of a share goes to the others."""
 
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
 
 
 def share(total: float, demands: Sequence[float]) -> list[float]:
-    """Divides ``total``: nobody who could take more gets less than anybody else.
+    """Divides ``total``. A member that can take more never gets less than another one.
 
-    What is left where all have enough is spread equally, so that the sum is always ``total``.
+    If all demands are met, the rest is divided equally, so that the sum is always ``total``.
     """
     rates = [0.0] * len(demands)
     left = total
@@ -18,7 +18,8 @@ def share(total: float, demands: Sequence[float]) -> list[float]:
 
 
 def share_by_group(total: float, members: Sequence[tuple[Hashable, float]]) -> list[float]:
-    """The same among groups, and among the members of each. A member is its group and its demand."""
+    """Like ``share``, among groups and then among the members of each. A member is its group and its
+    demand."""
     groups: dict[Hashable, list[int]] = defaultdict(list)
     for index, (group, _) in enumerate(members):
         groups[group].append(index)

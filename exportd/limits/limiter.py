@@ -14,7 +14,7 @@ from exportd.limits.quota import reserve_within_quota, seconds_until_within_quot
 from exportd.limits.rates import Rates
 from exportd.settings import LimitSettings
 
-# The end of a download, or of an export, cannot be foreseen.
+# A constant, because the end of a download or of an export cannot be foreseen.
 _DOWNLOAD_RETRY_SECONDS = 10.0
 _RE_EXPORT_RETRY_SECONDS = 60.0
 # Each delivery is a row, however small. No client downloads a package in pieces of this size.

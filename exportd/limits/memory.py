@@ -1,4 +1,4 @@
-"""The memory in which the processes of one daemon keep what they count together."""
+"""The memory that the processes of one daemon share for counting."""
 
 import fcntl
 import mmap
@@ -14,10 +14,10 @@ ENTRY_BYTES = 24
 
 @dataclass(frozen=True, slots=True)
 class SharedMemory:
-    """Of a fixed size, whatever comes. For several processes it is a file without a name, made before they
-    are forked, whose locks tell which part is whose; for one, plain memory.
+    """Shared memory of a fixed size. For several processes it is an unnamed file, made before the processes
+    are forked, whose locks assign the segments. For one process it is plain memory.
 
-    ``key`` keeps outsiders from choosing names whose hashes meet.
+    ``key`` makes hashes unpredictable, so that outsiders cannot choose names that collide.
     """
 
     file_descriptor: int | None
@@ -30,12 +30,12 @@ class SharedMemory:
         return memoryview(self.memory)[: RATE_SLOTS * _RATE_SLOT_BYTES]
 
     def segment(self, number: int) -> memoryview:
-        """Room for one process's downloads."""
+        """One process's segment."""
         start = RATE_SLOTS * _RATE_SLOT_BYTES + number * ENTRIES * ENTRY_BYTES
         return memoryview(self.memory)[start : start + ENTRIES * ENTRY_BYTES]
 
     def claim_segment(self) -> int | None:
-        """A segment that is this process's own until it ends, however it ends; None: all are taken."""
+        """Reserves a segment for this process until it ends, even by a kill. None: all are taken."""
         if self.file_descriptor is None:
             return 0
         for number in range(self.segments):
@@ -49,7 +49,7 @@ class SharedMemory:
 
 
 def make_shared_memory(processes: int) -> SharedMemory:
-    """For so many processes, and as many that take their place while they drain."""
+    """For a number of processes, and as many that replace them during a drain."""
     segments = 1 if processes == 1 else 2 * processes + 2
     size = RATE_SLOTS * _RATE_SLOT_BYTES + segments * ENTRIES * ENTRY_BYTES
     key = os.urandom(16)

@@ -1,4 +1,4 @@
-"""How much a principal downloaded in the last day, of every daemon on this database."""
+"""The bytes that a principal downloaded in the last day, from every daemon on this database."""
 
 import math
 
@@ -6,8 +6,9 @@ from exportd.counting.record import checkpoint_downloads
 from exportd.db.pool import Database, Session
 from exportd.domain.delivery import DownloadEvent
 
-# A delivery that ended took what arrived; one that runs may take all that it asked for. Of those that ended,
-# newest first, the one at which the sum reaches the limit: once it is a day old, there is room again.
+# A finished delivery counts its bytes, a running one all that it requested. The statement finds the finished
+# delivery, from the newest on, at which the sum reaches the limit: once it is a day old, the user may
+# download again.
 REACH_QUOTA = """
 WITH day AS (
     SELECT started_at, event_id, outcome = 'running' AS is_running,
@@ -32,17 +33,17 @@ SELECT coalesce((SELECT sum(bytes) FROM day), 0) >= %(limit)s,
           LIMIT 1
        )
 """
-# Until the transaction's end; of two that start at once, the second sees the first.
+# Held until the end of the transaction, so that of two concurrent starts the second sees the first.
 _TAKE_TURNS = "SELECT pg_advisory_xact_lock(hashtextextended('exportd quota ' || %s, 0))"
-# Nobody knows when a running delivery ends.
+# The end of a running delivery cannot be foreseen.
 _RETRY_SECONDS = 10
 
 
 async def seconds_until_within_quota(
     database: Database | Session, user_id: str, limit_bytes: int
 ) -> int | None:
-    """None: the deliveries that began in the last day sum up to less than the limit. Otherwise, for how many
-    seconds not. Raises DatabaseUnavailable."""
+    """Returns None if the deliveries of the last day sum up to less than the limit, or else the seconds until
+    they do. Raises DatabaseUnavailable."""
     row = await database.fetch_one(REACH_QUOTA, {"user_id": user_id, "limit": limit_bytes})
     assert row is not None
     is_reached, seconds = row
@@ -52,8 +53,8 @@ async def seconds_until_within_quota(
 
 
 async def reserve_within_quota(database: Database, event: DownloadEvent, limit_bytes: int) -> int | None:
-    """As ``seconds_until_within_quota``, for a delivery that is to start; where it may, it is written down as
-    running, so that every daemon counts it from now on. Raises DatabaseUnavailable."""
+    """Like ``seconds_until_within_quota``, for a delivery that is about to start. If it may start, records it
+    as running, so that every daemon counts it. Raises DatabaseUnavailable."""
     async with database.session() as session, session.transaction():
         await session.fetch_all(_TAKE_TURNS, (event.user_id,))
         seconds = await seconds_until_within_quota(session, event.user_id, limit_bytes)

@@ -1,8 +1,7 @@
 """Request rates by the generic cell rate algorithm (ITU-T I.371), in a table of fixed size.
 
-A name's slot holds the time at which everything it has taken is used up (its theoretical arrival time). Names
-share sets of eight slots; where a set is full, the name that has been quiet for longest is forgotten, which
-only does it a favour.
+A name's slot holds its theoretical arrival time. Names share sets of eight slots. If a set is full, the name
+that was idle longest loses its slot, and so its past requests no longer count.
 """
 
 import hashlib
@@ -15,7 +14,8 @@ _MINUTE = 60.0
 
 
 class Rates:
-    """Counts for all processes together. Two that count one name at the same instant may count it once."""
+    """Counts requests of all processes. Two processes that count a name at the same instant may count
+    once."""
 
     def __init__(self, shared: SharedMemory) -> None:
         half = len(shared.rates) // 2
@@ -24,9 +24,9 @@ class Rates:
         self._key = shared.key
 
     def take(self, name: str, per_minute: int, now: float | None = None) -> float:
-        """Takes one for ``name``, which may take ``per_minute`` at once and as many in each minute.
+        """Counts a request of ``name``, which may make ``per_minute`` at once and as many in each minute.
 
-        Returns 0.0, or, where it would be more than that, for how many seconds it still is.
+        Returns 0.0, or the seconds to wait if the request is over the limit.
         """
         now = time.monotonic() if now is None else now
         interval = _MINUTE / per_minute

@@ -1,8 +1,8 @@
-"""The package storage: names become open file descriptors, and nothing outside the root can be reached.
+"""The package storage: opens packages below the root, and nothing outside it.
 
 A package is opened once, from a descriptor of the root, one path component at a time and never through a
-symbolic link, so there is no moment between check and use. What is true of the package (size, identity) is
-read from the open descriptor. From then on its name no longer matters.
+symbolic link, so there is no gap between check and use. Its size and identity come from the open descriptor.
+From then on its name no longer matters.
 """
 
 import contextlib
@@ -14,28 +14,28 @@ from pathlib import Path
 from typing import Self
 
 _OPEN_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-# O_NONBLOCK: opening a FIFO that nobody writes to must not hang. It changes nothing for regular files.
+# O_NONBLOCK: opening a FIFO without a writer must not hang. Regular files ignore it.
 _OPEN_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
 
-# A storage that is not mounted looks like one whose packages are all gone; this file tells them apart.
+# An unmounted storage looks like one that lost every package. This file tells them apart.
 _MARKER = ".exportd-storage"
 
 
 class PackageMissing(Exception):
-    """There is no file of that name."""
+    """The file does not exist."""
 
 
 class PackageUnusable(Exception):
-    """The package is there, or should be, and cannot be served. The message says why, for the log."""
+    """The package cannot be served. The message is for the log."""
 
 
 class PackageChanged(Exception):
-    """The open package is not what it was when it was opened: what was sent of it may be of two versions."""
+    """The package was written to since it was opened, so the sent bytes may be of two versions."""
 
 
 @dataclass(frozen=True, slots=True)
 class OpenPackage:
-    """A package that is open for reading. Whoever opened it closes it, best with a ``with`` block."""
+    """A package that is open for reading. The caller closes it, best with a ``with`` block."""
 
     descriptor: int
     size_bytes: int
@@ -50,10 +50,11 @@ class OpenPackage:
         os.close(self.descriptor)
 
     def check_unchanged(self) -> None:
-        """Raises PackageChanged if the file was written to since it was opened; OSError if nobody can say.
+        """Raises PackageChanged if the file was written to since it was opened, and OSError if the system
+        cannot tell.
 
-        The time of the last write tells, and not that of the last change: a cleanup may unlink the file
-        meanwhile, which is none of the download's business.
+        Compares the time of the last write, not of the last change: the cleanup may unlink the file
+        meanwhile, which does not matter to the download.
         """
         status = os.fstat(self.descriptor)
         if status.st_size != self.size_bytes:
@@ -72,9 +73,9 @@ class PackageStore:
     def open(self, package_path: str, expected_size_bytes: int | None) -> OpenPackage:
         """Opens a package by its name: a path relative to the root, or an absolute one inside it.
 
-        ``expected_size_bytes`` is what was recorded; None: nothing was. Raises PackageMissing where there is
-        no such file, and PackageUnusable for everything else: another size, no permission, no regular file,
-        a path that leaves the root, a root that is not there, no descriptor left, an I/O error.
+        ``expected_size_bytes`` is the recorded size; None: unknown. Raises PackageMissing if the file does
+        not exist, and PackageUnusable for every other failure: another size, no permission, no regular file,
+        a path that leaves the root, a missing root, no descriptor left, an I/O error.
         """
         with self._folder_of(package_path) as (folder, name):
             descriptor = os.open(name, _OPEN_FILE, dir_fd=folder)
@@ -85,9 +86,9 @@ class PackageStore:
             raise
 
     def remove(self, package_path: str) -> int:
-        """Unlinks a package and returns its size in bytes. Whoever has it open reads on.
+        """Unlinks a package and returns its size in bytes. Running downloads of it continue.
 
-        Raises PackageMissing where there is no such file, and PackageUnusable for everything else.
+        Raises PackageMissing if the file does not exist, and PackageUnusable for every other failure.
         """
         with self._folder_of(package_path) as (folder, name):
             status = os.stat(name, dir_fd=folder, follow_symlinks=False)
@@ -97,16 +98,16 @@ class PackageStore:
         return status.st_size
 
     def mark(self) -> None:
-        """Puts the marker into the root, which is no empty mount point. Raises OSError."""
+        """Writes the marker into the root. Raises OSError."""
         (self.root / _MARKER).touch()
 
     def is_marked(self) -> bool:
-        """Whether the marker is there."""
+        """Whether the root has the marker."""
         return (self.root / _MARKER).is_file()
 
     def list_files(self) -> Iterator[tuple[str, os.stat_result]]:
-        """Every file below the root, by its name relative to it, but those whose names begin with a dot and
-        what is in such folders. Follows no symbolic link. Raises OSError."""
+        """Yields every file below the root, with its relative name, except names that begin with a dot and
+        the contents of such folders. Follows no symbolic link. Raises OSError."""
         folders = [""]
         while folders:
             below = folders.pop()
@@ -118,12 +119,12 @@ class PackageStore:
                     if entry.is_dir(follow_symlinks=False):
                         folders.append(f"{name}/")
                         continue
-                    # It may be gone by now.
+                    # The file may have been deleted meanwhile.
                     with contextlib.suppress(FileNotFoundError):
                         yield name, entry.stat(follow_symlinks=False)
 
     def name_of(self, package_path: str) -> str | None:
-        """The name by which ``list_files`` lists a package; None: it cannot be in the storage."""
+        """Returns the name that ``list_files`` yields for a package. None: it cannot be in the storage."""
         try:
             return "/".join(self._names_below_root(package_path))
         except PackageUnusable:
@@ -135,7 +136,8 @@ class PackageStore:
 
     @contextlib.contextmanager
     def _folder_of(self, package_path: str) -> Iterator[tuple[int, str]]:
-        """The open folder of a package, and its name there; what the block raises becomes the store's."""
+        """Opens the folder of a package and yields it with the package's name there. Translates OSError of
+        the block."""
         names = self._names_below_root(package_path)
         try:
             folder = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
