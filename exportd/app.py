@@ -44,9 +44,9 @@ log = structlog.get_logger()
 
 
 def make_app(settings: Settings, dsn: str, shared: SharedMemory | None = None) -> web.Application:
-    """The daemon's application. Its services exist from its start-up to its clean-up.
+    """Returns the daemon's application. Its services exist from its start-up to its clean-up.
 
-    ``shared``: where several processes count together.
+    ``shared`` is the memory of several processes.
     """
     app = web.Application(middlewares=[edge])
     app.router.add_routes(routes(settings.server.base_path))
@@ -137,7 +137,7 @@ async def _cleanup_on_schedule(services: Services) -> AsyncIterator[None]:
 def make_cleanup(
     settings: Settings, database: Database, on_finished: Callable[[CleanupSummary], None] = lambda _: None
 ) -> Cleanup:
-    """The cleanup by the configured rules."""
+    """Returns the cleanup with the configured rules."""
     store = PackageStore(settings.storage_root)
     return Cleanup(
         database, store, settings.retention.resume_grace, settings.retention.event_days, on_finished
@@ -145,7 +145,7 @@ def make_cleanup(
 
 
 async def connect(settings: Settings, dsn: str, *, min_connections: int = 1) -> Database:
-    """A pool with the configured sizes and time limits. Raises DatabaseUnavailable."""
+    """Opens a pool with the configured sizes and time limits. Raises DatabaseUnavailable."""
     return await open_database(
         dsn,
         pool_min_size=settings.database.pool_min_size,
@@ -156,7 +156,8 @@ async def connect(settings: Settings, dsn: str, *, min_connections: int = 1) -> 
 
 
 async def open_storage(settings: Settings, database: Database) -> PackageStore:
-    """The package storage, made where it is not there yet, without what killed processes left in it.
+    """Opens the package storage. Makes its root if it is missing, and removes temporary files of killed
+    processes.
 
     Raises OSError and DatabaseUnavailable.
     """

@@ -1,8 +1,8 @@
-"""Failures that end a command."""
+"""The base class of errors that end a command."""
 
 
 class OperatorError(Exception):
-    """A command cannot go on. ``problems`` are for the operator: one sentence each, without secrets."""
+    """A command fails. ``problems`` are for the operator: one sentence each, without secrets."""
 
     @property
     def problems(self) -> list[str]:

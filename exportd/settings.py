@@ -1,8 +1,8 @@
-"""config.toml and the environment become one validated, frozen object.
+"""The configuration: config.toml and the environment, as one validated, frozen object.
 
-Later wins: built-in defaults, the configuration file, ``EXPORTD_<SECTION>__<KEY>``, command-line options.
-Everything is checked before anything starts, and every problem is reported at once, by key, without the
-offending value (it may be a secret).
+Later sources win: built-in defaults, the configuration file, ``EXPORTD_<SECTION>__<KEY>``, command-line
+options. Everything is checked before the daemon starts. All problems are reported together, by key, without
+the value, which may be a secret.
 """
 
 import json
@@ -126,7 +126,7 @@ class _Section(BaseModel):
 
 
 def _read_file(path: Path | None, key: str) -> str | None:
-    """The file's text, without the white space around it."""
+    """Returns the file's text, without surrounding white space. Raises SettingsError."""
     if path is None:
         return None
     try:
@@ -141,7 +141,7 @@ def _read_file(path: Path | None, key: str) -> str | None:
 
 
 class ServerSettings(_Section):
-    """Where the daemon listens and how it stops."""
+    """Listening, connections and draining."""
 
     host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8080
@@ -167,7 +167,7 @@ class ServerSettings(_Section):
 
 
 class DatabaseSettings(_Section):
-    """Which PostgreSQL, how many connections, and how long anything may take."""
+    """The database, its pool and its time limits."""
 
     dsn: OptionalSecret = None
     dsn_file: OptionalPath = None
@@ -194,12 +194,12 @@ class DatabaseSettings(_Section):
         return self.dsn is None and self.dsn_file is None
 
     def read_dsn(self) -> str | None:
-        """The libpq connection string; None: the embedded database. Raises SettingsError."""
+        """Returns the libpq connection string, or None for the embedded database. Raises SettingsError."""
         return self.dsn.get_secret_value() if self.dsn else _read_file(self.dsn_file, "database.dsn_file")
 
 
 class StorageSettings(_Section):
-    """Where packages are kept; empty: ``<data_dir>/packages``."""
+    """The folder of the packages. Empty: ``<data_dir>/packages``."""
 
     root: OptionalPath = None
 
@@ -213,7 +213,7 @@ Secret = Annotated[OptionalSecret, AfterValidator(_check_secret)]
 
 
 class AuthSettings(_Section):
-    """How a token becomes a principal; no key at all: a secret is made in the data folder."""
+    """The verification of tokens. Without any key, a secret is made in the data folder."""
 
     secret: Secret = None
     secret_file: OptionalPath = None
@@ -243,7 +243,7 @@ class AuthSettings(_Section):
         return not is_secret_given and not self.public_key_files and self.jwks_url is None
 
     def read_secret(self) -> str | None:
-        """The secret that is configured, if one is. Raises SettingsError."""
+        """Returns the configured secret, or None. Raises SettingsError."""
         if self.secret is not None:
             return self.secret.get_secret_value()
         secret = _read_file(self.secret_file, "auth.secret_file")
@@ -253,7 +253,7 @@ class AuthSettings(_Section):
 
 
 class DownloadSettings(_Section):
-    """How bytes go out."""
+    """Sending packages."""
 
     chunk_size: Annotated[int, Field(ge=1024, le=16 * 1024 * 1024)] = 65536
     sendfile: bool = True
@@ -274,7 +274,7 @@ class DownloadSettings(_Section):
 
 
 class LinkSettings(_Section):
-    """How long download links live."""
+    """The lifetime of download links."""
 
     start_seconds: Seconds = 3600.0
     resume_seconds: Seconds = 86400.0
@@ -287,7 +287,7 @@ class LinkSettings(_Section):
 
 
 class LimitSettings(_Section):
-    """What one person, or one address, may take; 0: anything."""
+    """Limits of a user or an address. 0 disables a limit."""
 
     connections_per_address: Annotated[int, Field(ge=0)] = 256
     requests_per_minute_per_address: Annotated[int, Field(ge=0)] = 1200
@@ -302,7 +302,7 @@ class LimitSettings(_Section):
 
 
 class RetentionSettings(_Section):
-    """How long packages and download events are kept, and when the cleanup runs."""
+    """The retention of packages and events, and the cleanup's schedule."""
 
     days: Annotated[int, Field(ge=1, le=36500)] = 30
     resume_grace_hours: Annotated[float, Field(ge=0, le=24 * 365)] = 24.0
@@ -312,12 +312,12 @@ class RetentionSettings(_Section):
 
     @property
     def resume_grace(self) -> timedelta:
-        """How long after its expiry a package's download may be resumed."""
+        """How long after its expiry a package's unfinished downloads may be resumed."""
         return timedelta(hours=self.resume_grace_hours)
 
 
 class PackerSettings(_Section):
-    """Whether exportd makes packages itself, of jobs that name a source."""
+    """The packer, which makes packages of jobs that name a source."""
 
     enabled: bool = False
     source_roots: tuple[Path, ...] = ()
@@ -326,7 +326,7 @@ class PackerSettings(_Section):
 
 
 class LoggingSettings(_Section):
-    """What is logged, and in which form."""
+    """The level and format of logs."""
 
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["json", "console"] = "json"
@@ -334,7 +334,7 @@ class LoggingSettings(_Section):
 
 
 class Settings(_Section):
-    """The whole configuration. Paths are absolute; relative ones are taken from the working directory."""
+    """The whole configuration. Relative paths are resolved from the working directory."""
 
     data_dir: Path = Path("exportd-data")
     server: ServerSettings = ServerSettings()
@@ -361,9 +361,8 @@ def load_settings(
 ) -> Settings:
     """Reads the configuration.
 
-    ``config_file`` is the one asked for by name, which must exist; without it ``$EXPORTD_CONFIG``, then
-    ``./config.toml`` where there is one. ``options`` holds command-line values by key, such as
-    ``("server", "port")``. Raises SettingsError.
+    ``config_file`` must exist. Without it, reads ``$EXPORTD_CONFIG``, or else ``./config.toml`` if it exists.
+    ``options`` holds command-line values by key, such as ``("server", "port")``. Raises SettingsError.
     """
     document, source = _read_config_file(config_file, environ)
     origins: dict[Key, str] = {}
@@ -387,10 +386,10 @@ def load_settings(
 
 
 def child_environment(environ: Mapping[str, str], *, keep_settings: bool = False) -> dict[str, str]:
-    """The environment for a child process: without settings, secrets among them.
+    """Returns the environment of a child process, without settings and their secrets.
 
-    ``keep_settings`` is for one that is exportd itself; it gets all but ``[auth]``, as none but the daemon
-    verifies tokens.
+    ``keep_settings`` is for exportd's own processes: they get all settings but ``[auth]``, because only the
+    daemon verifies tokens.
     """
     withheld = f"{ENVIRONMENT_PREFIX}AUTH__" if keep_settings else ENVIRONMENT_PREFIX
     return {name: value for name, value in environ.items() if not name.upper().startswith(withheld)}
@@ -412,8 +411,8 @@ def _read_config_file(config_file: Path | None, environ: Mapping[str, str]) -> t
 
 
 def _environment_keys(environ: Mapping[str, str], problems: list[str]) -> list[tuple[str, Key]]:
-    """The variables that set a key. Others with our prefix pass, except near misses of a real key:
-    Kubernetes sets ``EXPORTD_PORT`` and its like for a service of our name."""
+    """Returns the variables that set a key. Other variables with the prefix are ignored, except near misses
+    of a real key: Kubernetes sets ``EXPORTD_PORT`` and similar ones for a service of that name."""
     near_misses = {"_".join(key).upper(): "__".join(key).upper() for key in _known_keys() if len(key) == 2}
     found: list[tuple[str, Key]] = []
     for variable in sorted(environ):
@@ -443,8 +442,7 @@ def _known_keys() -> list[Key]:
 
 
 def _parse_environment_value(text: str, key: Key) -> object:
-    """Text stays text; every other type is written as in TOML. What does not parse is left for the
-    validation to refuse."""
+    """Returns text as it is, and parses other types as TOML. The validation rejects what does not parse."""
     if _is_text(key):
         return text
     try:
@@ -477,7 +475,7 @@ def _put(document: dict[str, Any], key: Key, value: object) -> None:
 
 
 def _describe(key: Key, kind: str, message: str, origins: Mapping[Key, str], source: str) -> str:
-    # An unknown section is reported by its own name, whichever of its keys a variable set.
+    # An unknown section is reported once, by its own name.
     origin = next((name for set_key, name in origins.items() if set_key[: len(key)] == key), source)
     sentence = "unknown key" if kind == "extra_forbidden" else message.removeprefix("Value error, ")
     return f"{'.'.join(key) or 'configuration'}: {sentence} (from {origin})"

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 @click.option("--role", help='The role it carries, such as "admin".')
 @click.option("--ttl", type=click.IntRange(1, 10 * 365 * 86400), default=3600, help="Seconds it is valid.")
 def token(config_file: Path | None, user_id: str, role: str | None, ttl: int) -> None:
-    """Signs a token with the configured secret, for trying things out."""
+    """Signs a token with the configured secret, for tests."""
     from exportd.auth.tokens import make_tokens
     from exportd.settings import load_settings
 
@@ -47,7 +47,7 @@ def token(config_file: Path | None, user_id: str, role: str | None, ttl: int) ->
 @click.argument("job_id", type=click.UUID, required=False)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object in place of a table.")
 def stats(config_file: Path | None, job_id: uuid.UUID | None, as_json: bool) -> None:
-    """Download statistics of the job JOB_ID, or of all."""
+    """Prints download statistics of the job JOB_ID, or of all jobs."""
     import orjson
 
     from exportd.web.jobs.statistics import describe_statistics
@@ -112,9 +112,9 @@ def _statistics_table(statistics: DownloadStatistics) -> str:
 @click.option("--orphans", is_flag=True, help="Removes files that no job points to; needs --older-than.")
 @click.option("--older-than", "days", type=click.FloatRange(min=1), help="Days nobody has touched them.")
 def cleanup(config_file: Path | None, dry_run: bool, orphans: bool, days: float | None) -> None:
-    """Deletes expired packages and old download events now, and looks for files that no job points to.
+    """Deletes expired packages and old download events now, or finds files that no job points to.
 
-    Prints one JSON object. The exit status is 1 where a package could not be deleted.
+    Prints one JSON object. The exit status is 1 if a package could not be deleted.
     """
     import orjson
 
@@ -152,10 +152,10 @@ def _camel_case(name: str) -> str:
 @click.argument("job_id", type=click.UUID, required=False)
 @click.option("--all", "every", is_flag=True, help="Every package there is.")
 def verify(config_file: Path | None, job_id: uuid.UUID | None, every: bool) -> None:
-    """Reads the package of JOB_ID, or all, and compares their SHA-256 with what was recorded.
+    """Reads the package of JOB_ID, or all packages, and compares their SHA-256 with the recorded one.
 
-    A damaged one is not served from then on; one that proves sound is served again. Runs at idle priority.
-    Prints one JSON object; the exit status is 1 where a package is damaged, missing or unreadable.
+    A damaged package is no longer served. A sound one is served again. Runs at idle priority. Prints one JSON
+    object. The exit status is 1 if a package is damaged, missing or unreadable.
     """
     import orjson
 
@@ -165,7 +165,7 @@ def verify(config_file: Path | None, job_id: uuid.UUID | None, every: bool) -> N
         raise click.UsageError("name a JOB_ID, or --all.")
     settings = quiet_settings(config_file)
     with migrated_database(settings) as dsn:
-        become_idle()  # and not before: the embedded database would be, too
+        become_idle()  # not earlier: the embedded database would inherit it
         found = run(_verify(settings, dsn, job_id))
     if job_id is not None and not sum(asdict(found).values()):
         raise click.UsageError(f"there is no job {job_id} with a package")
@@ -183,13 +183,13 @@ async def _verify(settings: Settings, dsn: str, job_id: uuid.UUID | None) -> Ver
 
 @click.group()
 def migrate() -> None:
-    """Brings the database's schema up to date, or back."""
+    """Migrates the database's schema."""
 
 
 @migrate.command("up")
 @config_option
 def migrate_up_command(config_file: Path | None) -> None:
-    """Applies every migration that is missing. Keeps what is there."""
+    """Applies every pending migration. Keeps existing tables and columns."""
     from exportd.db.migrate import migrate_up
 
     with running_database(quiet_settings(config_file)) as dsn:
@@ -214,7 +214,7 @@ def migrate_down_command(config_file: Path | None) -> None:
 @migrate.command("status")
 @config_option
 def migrate_status_command(config_file: Path | None) -> None:
-    """Lists the migrations and whether each is applied."""
+    """Lists the migrations, applied and pending."""
     from exportd.db.migrate import migration_status
 
     with running_database(quiet_settings(config_file)) as dsn:

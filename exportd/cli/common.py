@@ -1,4 +1,4 @@
-"""What several commands share: options, settings, logging, and the database while a command runs."""
+"""Shared by the commands: options, settings, logging, and the database."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ config_option = click.option(
 
 
 def fail(*problems: str, status: int = 1) -> NoReturn:
-    """Ends the process: one line on stderr for each problem, after the log lines that wait."""
+    """Ends the process with one line on stderr for each problem, after the pending log lines."""
     from exportd.telemetry.logging import stop_logging
 
     stop_logging()
@@ -37,7 +37,7 @@ def fail(*problems: str, status: int = 1) -> NoReturn:
 
 @contextlib.asynccontextmanager
 async def connected(settings: Settings, dsn: str, *, min_connections: int = 1) -> AsyncIterator[Database]:
-    """A pool while the block lasts. Raises DatabaseUnavailable."""
+    """Opens a pool while the block runs. Raises DatabaseUnavailable."""
     from exportd.app import connect
 
     database = await connect(settings, dsn, min_connections=min_connections)
@@ -48,14 +48,14 @@ async def connected(settings: Settings, dsn: str, *, min_connections: int = 1) -
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:
-    """Runs ``work`` on an event loop of its own and returns its result."""
+    """Runs ``work`` in a new event loop and returns its result."""
     import asyncio
 
     return asyncio.run(work)
 
 
 def log_to_stdout(settings: Settings) -> None:
-    """Logs as configured. Raises SettingsError."""
+    """Configures logging. Raises SettingsError."""
     from exportd.settings import SettingsError
     from exportd.telemetry.logging import configure_logging
 
@@ -68,7 +68,7 @@ def log_to_stdout(settings: Settings) -> None:
 
 
 def quiet_settings(config_file: Path | None) -> Settings:
-    """Settings for the commands that print a result: only warnings are logged, to stderr."""
+    """Returns settings for commands that print a result. They log only warnings, to stderr."""
     from exportd.settings import load_settings
     from exportd.telemetry.logging import configure_logging
 
@@ -79,10 +79,10 @@ def quiet_settings(config_file: Path | None) -> Settings:
 
 @contextlib.contextmanager
 def migrated_database(settings: Settings) -> Iterator[str]:
-    """The database's libpq connection string, once it answers and has the present schema.
+    """Yields the libpq connection string of the database when it is available and migrated.
 
-    The embedded database is migrated on the spot. Only `exportd migrate up` changes an external one, because
-    it belongs to somebody. Raises OperatorError.
+    Migrates the embedded database. Only `exportd migrate up` migrates an external one, which belongs to an
+    application. Raises OperatorError.
     """
     from exportd.db.migrate import MigrationError, migrate_up, migration_status
 
@@ -96,7 +96,7 @@ def migrated_database(settings: Settings) -> Iterator[str]:
 
 @contextlib.contextmanager
 def running_database(settings: Settings) -> Iterator[str]:
-    """The database's libpq connection string, once it answers. Raises OperatorError."""
+    """Yields the libpq connection string of the database when it is available. Raises OperatorError."""
     dsn = settings.database.read_dsn()
     if dsn is None:
         from exportd.db.embedded import embedded_server

@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 _SAMPLE_FILES = 24
 _SAMPLE_FILE_BYTES = 512 * 1024
-# The browser keeps the address in its history, with the token in it.
+# Short, because the browser's history keeps the address with the token.
 _TOKEN_SECONDS = 3600
 
 
 @click.command()
 @config_option
 def demo(config_file: Path | None) -> None:
-    """Packs a sample, starts the daemon and a packer with a job to do, and prints what to try."""
+    """Packs a sample, starts the daemon and a packer with a job, and prints what to try."""
     import orjson
 
     from exportd.app import make_app
@@ -33,7 +33,7 @@ def demo(config_file: Path | None) -> None:
     from exportd.settings import load_settings
 
     exports = load_settings(config_file, os.environ).data_dir / "demo-exports"
-    # In the environment, where the packer's process finds it too.
+    # In the environment, because the packer's process reads it too.
     environ = {
         **os.environ,
         "EXPORTD_PACKER__ENABLED": "true",

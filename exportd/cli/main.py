@@ -1,7 +1,7 @@
-"""The command line. Every failure is one clear line on stderr and a non-zero exit status, never a traceback.
+"""The command line. Every failure is one line on stderr and a non-zero exit status, never a traceback.
 
-The modules of the commands import the rooms below inside their functions: `exportd --help` and
-`exportd token` would otherwise wait for all of them.
+Commands import other rooms inside their functions. Otherwise `exportd --help` and `exportd token` would load
+every module.
 """
 
 import signal
@@ -41,7 +41,7 @@ def _exit_on_signal(number: int, _frame: object) -> NoReturn:
 @click.group()
 @click.version_option(__version__, prog_name="exportd")
 def cli() -> None:
-    """Hands finished export packages to the people allowed to have them."""
+    """Serves finished export packages to the users who may download them."""
 
 
 for command in (serve, packer, publish, token, stats, cleanup, verify, migrate, demo):

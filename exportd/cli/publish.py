@@ -100,15 +100,15 @@ async def _place(
 
 @contextlib.contextmanager
 def _signals_deferred() -> Iterator[Callable[[], None]]:
-    """Holds SIGINT and SIGTERM back while the block lasts, since they would raise anywhere: between a package
-    and its row, or amid a compressor's threads, which then wait for each other for ever.
+    """Defers SIGINT and SIGTERM while the block runs. They would raise anywhere: between a package and its
+    row, or in a compressor's threads, which then wait for each other for ever.
 
-    Yields what lets one that came be handled at once; the others are when the block ends.
+    Yields a function that handles a pending signal. Otherwise it is handled when the block ends.
     """
     came: list[int] = []
     handlers = {}
     for number in (signal.SIGINT, signal.SIGTERM):
-        # Not those that are ignored.
+        # Ignored signals stay ignored.
         if callable(handler := signal.getsignal(number)):
             handlers[number] = handler
             signal.signal(number, lambda number, _: came.append(number))
@@ -128,7 +128,7 @@ def _signals_deferred() -> Iterator[Callable[[], None]]:
 
 @contextlib.contextmanager
 def _progress_bar(total: int) -> Iterator[Progress]:
-    """A bar on stderr where that is a terminal."""
+    """Shows a bar on stderr if that is a terminal."""
     if not sys.stderr.isatty():
         yield lambda _: None
         return

@@ -1,4 +1,4 @@
-"""`exportd serve` and `exportd packer`: the processes that stay."""
+"""`exportd serve` and `exportd packer`: the long-running commands."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 @click.option("--port", type=int, help="Port to listen on; 0 takes any free one.")
 @click.option("--workers", type=int, help="Processes that serve; more than one run under gunicorn.")
 def serve(config_file: Path | None, host: str | None, port: int | None, workers: int | None) -> None:
-    """Runs the daemon. Logs go to stdout, one JSON object a line.
+    """Runs the daemon. Logs go to stdout, one JSON object per line.
 
-    SIGTERM drains, a second one aborts. SIGHUP opens the download log anew; with several workers it replaces
-    them, and the new ones read the configuration anew, except where to listen and which database.
+    SIGTERM drains, a second one aborts. SIGHUP reopens the download log. With several workers it replaces
+    them, and the new ones read the configuration again, except for the listening address and the database.
     """
     import structlog
 
@@ -46,9 +46,7 @@ def serve(config_file: Path | None, host: str | None, port: int | None, workers:
     }
     options = {key: value for key, value in given.items() if value is not None}
     settings = load_settings(config_file, os.environ, options)
-    make_tokens(
-        settings.auth, settings.data_dir
-    )  # keys that cannot be used are reported before anything starts
+    make_tokens(settings.auth, settings.data_dir)  # unusable keys are reported before the daemon starts
     log_to_stdout(settings)
 
     def present_settings() -> Settings:
@@ -58,7 +56,7 @@ def serve(config_file: Path | None, host: str | None, port: int | None, workers:
             log.error("settings_not_reloaded", problems=error.problems)
             return settings
 
-    # Before processes are forked: they count together.
+    # Made before processes are forked, because they share it.
     shared = make_shared_memory(settings.server.workers)
     with migrated_database(settings) as dsn:
         companion = packer_beside(config_file, os.environ) if settings.packer.enabled else None
@@ -70,9 +68,9 @@ def serve(config_file: Path | None, host: str | None, port: int | None, workers:
 @config_option
 @click.option("--attended", is_flag=True, hidden=True)
 def packer(config_file: Path | None, attended: bool) -> None:
-    """Makes packages of jobs that wait, until SIGTERM, which gives back the one it is at.
+    """Packs waiting jobs until SIGTERM, and then gives back the current one.
 
-    `exportd serve` runs one by itself where [packer] enabled is true; this is for other machines. Logs go to
+    `exportd serve` runs a packer if [packer] enabled is true. This command is for other machines. Logs go to
     stdout.
     """
     from exportd.jobs.packer import packer_identity
@@ -89,7 +87,7 @@ async def _pack(settings: Settings, dsn: str, packer_id: uuid.UUID) -> None:
     from exportd.app import open_storage
     from exportd.jobs.packer import Packer
 
-    # One listens, one writes how far it is, one completes.
+    # One connection listens, one records progress, one completes the job.
     async with connected(settings, dsn, min_connections=3) as database:
         await open_storage(settings, database)
         await Packer(
@@ -103,7 +101,7 @@ async def _pack(settings: Settings, dsn: str, packer_id: uuid.UUID) -> None:
 
 
 def packer_beside(config_file: Path | None, environ: Mapping[str, str]) -> Companion:
-    """A packer that runs beside the daemon, with its settings but for the keys to tokens."""
+    """Returns a packer that runs beside the daemon, with its settings except ``[auth]``."""
     from exportd.process.companion import Companion
     from exportd.settings import child_environment
 
@@ -120,7 +118,7 @@ def run_server(
     on_started: Callable[[str], None] = lambda _: None,
     companion: Companion | None = None,
 ) -> int:
-    """Serves as configured until a signal stops it; returns the exit status (``process.runner.serve``)."""
+    """Serves as configured until a signal. Returns the exit status. See ``process.runner.serve``."""
     import structlog
 
     from exportd.process import runner as server

@@ -34,21 +34,21 @@ from exportd.domain.delivery import DownloadEvent, Outcome
 
 log = structlog.get_logger()
 
-# An event that is not in the database by then goes to the spool.
+# An event that is not recorded by then goes to the spool.
 _SPOOL_AFTER_SECONDS = 2.0
-# A delivery is written down when it has run this long, and again each time its age has grown by half, up to
-# the longest pause.
+# A delivery gets its first checkpoint after this time, and further ones each time its age has grown by half,
+# up to the longest pause.
 _FIRST_CHECKPOINT_SECONDS = 1.0
 _MAX_PAUSE_SECONDS = 10.0
-# How often the background work looks round.
+# The interval of the background work.
 _TURN_SECONDS = 1.0
-# A delivery of another machine's daemon that was not heard of for this long is lost.
+# A delivery of another machine's daemon is lost after this time without a checkpoint.
 _LOST_AFTER_SECONDS = 600.0
 _LOOK_FOR_LOST_SECONDS = 60.0
-# How long a reader waits for deliveries that are about to end, and for records under way.
+# How long a reader waits for deliveries that are about to end, and for running records.
 _SETTLING_SECONDS = 0.25
 _RECORDING_SECONDS = 3.0
-# How long a start waits for what others have left to be finished; the rest is done while it serves.
+# How long a start waits for the work of killed processes. The rest is done in the background.
 _START_SECONDS = 5.0
 _TELL_AGAIN_SECONDS = 60.0
 
@@ -57,7 +57,7 @@ Snapshot = Callable[[], DownloadEvent]
 
 
 class _Running:
-    """A delivery under way, and when it is due to be written down."""
+    """A running delivery, and the time of its next checkpoint."""
 
     def __init__(self, snapshot: Snapshot, bytes_sent: Callable[[], int]) -> None:
         begun = snapshot()
@@ -74,15 +74,12 @@ class _Running:
 
     @property
     def is_sent(self) -> bool:
-        """Whether only acknowledgements are missing."""
+        """Whether every byte is sent, and only acknowledgements are missing."""
         return self._bytes_sent() == self._bytes_requested
 
 
 class DownloadLedger:
-    """Writes events, those that come in together as one statement. One statement is under way at a time.
-
-    Made by ``open_ledger``.
-    """
+    """Records events in batches. One statement runs at a time. Made by ``open_ledger``."""
 
     def __init__(self, database: Database, spool: Spool, folder: Path, observe: Observe) -> None:
         self.daemon_id = spool.owner
@@ -92,14 +89,14 @@ class DownloadLedger:
         self._gatherer: Batcher[DownloadEvent, None] = Batcher(
             self._write, one_statement, at_once=1, observe=observe
         )
-        # Of each job: its records under way, and its deliveries.
+        # By job: its running records, and its running deliveries.
         self._recording: dict[UUID, set[asyncio.Future[None]]] = {}
         self._running: dict[UUID, set[_Running]] = {}
-        # Held while events go to the database, or delayed others into the spool.
+        # Held while events are written to the database, or delayed ones to the spool.
         self._write_lock = asyncio.Lock()
-        # Until a statement goes well again, everything goes to the spool.
+        # While True, every event goes to the spool, until a statement succeeds.
         self._is_away = False
-        # Of processes that have ended; and the files that could not be taken for such.
+        # Spools of processes that have ended, and the names of unreadable files.
         self._adopted: list[Spool] = []
         self._passed_over: set[str] = set()
         self._looked_for_lost_at = float("-inf")
@@ -112,24 +109,25 @@ class DownloadLedger:
 
     @property
     def waiting(self) -> int:
-        """How many events are not written yet, and not spooled."""
+        """The number of events that are neither recorded nor spooled."""
         return self._gatherer.waiting
 
     @property
     def spooled(self) -> int:
-        """How many events wait for the database."""
+        """The number of spooled events."""
         return sum(len(spool) for spool in self._spools)
 
     @property
     def _spools(self) -> Sequence[Spool]:
-        """In the order in which what waits of one job goes to the database."""
+        """In the order in which the events of one job must be recorded."""
         return *self._adopted, self._spool
 
     def record(self, event: DownloadEvent) -> asyncio.Future[None]:
-        """Done once the event is durable, in the database or in the spool. Idempotent by the event's id.
+        """Returns a future that is done when the event is durable, in the database or in the spool.
+        Idempotent by the event's id.
 
-        Fails with what the spool met, most often OSError, where neither takes it: it is then kept in memory,
-        and tried again.
+        If neither takes the event, the future fails with the spool's error, mostly OSError. The ledger then
+        keeps the event in memory and retries it.
         """
         recording = self._gatherer.submit(event)
         _add(self._recording, event.job_id, recording)
@@ -138,9 +136,9 @@ class DownloadLedger:
 
     @contextlib.contextmanager
     def checkpoints(self, snapshot: Snapshot, bytes_sent: Callable[[], int] | None = None) -> Iterator[None]:
-        """While the block lasts, ``snapshot``'s event (outcome ``running``) is written now and then.
+        """Records the event of ``snapshot`` (outcome ``running``) at intervals while the block runs.
 
-        ``bytes_sent`` tells the same as the snapshot's, for less.
+        ``bytes_sent`` returns the snapshot's value more cheaply.
         """
         running = _Running(snapshot, bytes_sent or (lambda: snapshot().bytes_sent))
         _add(self._running, running.job_id, running)
@@ -151,14 +149,14 @@ class DownloadLedger:
             running.ended.set_result(None)
 
     def running(self, job_ids: Collection[UUID]) -> list[DownloadEvent]:
-        """This process's deliveries of those jobs that are under way, as they are now."""
+        """This process's running deliveries of the jobs, as they are now."""
         return [running.snapshot() for job_id in set(job_ids) for running in self._running.get(job_id, ())]
 
     async def settle(self, job_id: UUID) -> None:
-        """Waits for the job's deliveries that the client has whole, so that who reads afterwards sees them.
+        """Waits for the records of deliveries whose clients have every byte, so that a reader sees them.
 
-        A client may ask for the count as soon as it has the last byte: its acknowledgement is on its way,
-        or the statement. Never raises.
+        A client may request the count as soon as it has the last byte, when its acknowledgement or the
+        statement is still on its way. Never raises.
         """
         ending = [running.ended for running in self._running.get(job_id, ()) if running.is_sent]
         if ending:
@@ -166,20 +164,19 @@ class DownloadLedger:
         await self.finish_recording([job_id])
 
     async def finish_recording(self, job_ids: Collection[UUID]) -> None:
-        """Waits, not for long, until those jobs' deliveries that ended until now are written, in the database
-        or the spool."""
+        """Waits a moment until the finished deliveries of the jobs are in the database or the spool."""
         recording = [future for job_id in set(job_ids) for future in self._recording.get(job_id, ())]
         if recording:
             await asyncio.wait(recording, timeout=_RECORDING_SECONDS)
 
     async def catch_up(self) -> None:
-        """Waits, not for long, until what others have left is finished."""
+        """Waits a moment until the work of killed processes is finished."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_START_SECONDS):
                 await self._looked_round.wait()
 
     async def close(self) -> None:
-        """Ends the background work. What is spooled stays there for the next process."""
+        """Ends the background work. Spooled events stay for the next process."""
         for task in self._background:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
@@ -192,7 +189,7 @@ class DownloadLedger:
 
     async def _write(self, events: list[DownloadEvent]) -> list[None]:
         async with self._write_lock:
-            # What comes later of a job waits delayed what is in the spool of it, so that the order is kept.
+            # An event waits behind the spooled events of its job, to keep the order.
             direct: list[DownloadEvent] = []
             delayed: list[DownloadEvent] = []
             for event in events:
@@ -218,16 +215,16 @@ class DownloadLedger:
             raise
 
     async def _write_to_database(self, events: Sequence[DownloadEvent]) -> None:
-        """Events that run, or that have ended and that ``one_statement`` takes."""
+        """Writes checkpoints, or finished events that ``one_statement`` allows together."""
         write = checkpoint_downloads if events[0].outcome == Outcome.RUNNING else record_downloads
         try:
             await write(self._database, events)
         except ValueRefused:
             if len(events) == 1:
-                # Nothing that is tried later would go better; the log has it whole.
+                # A retry would fail again. The log has the whole event.
                 log.exception("download_not_recorded", **_describe(events[0]))
                 return
-            # One that cannot be written must not cost the others.
+            # An event that is rejected must not fail the others.
             middle = len(events) // 2
             await self._write_to_database(events[:middle])
             await self._write_to_database(events[middle:])
@@ -238,7 +235,7 @@ class DownloadLedger:
                 await work()
             except DatabaseUnavailable as error:
                 self._log_not_drained(error)
-            except Exception:  # the only task that would do it must go on
+            except Exception:  # the task must continue
                 log.exception("ledger_background_failed")
             await asyncio.sleep(_TURN_SECONDS)
 
@@ -252,19 +249,19 @@ class DownloadLedger:
             self._looked_round.set()
 
     async def _drain(self, spool: Spool) -> None:
-        """Writes what waits in a spool, but for jobs whose events the database does not take. What came in
-        together may wait for one of them: so each job of a group that failed is tried by itself.
+        """Writes the events of a spool, except for jobs whose events the database rejects. If a batch fails,
+        each of its jobs is tried by itself.
 
-        Raises DatabaseUnavailable where it takes nothing at all.
+        Raises DatabaseUnavailable if the database takes no event at all.
         """
         count = 0
-        # Whose turn is not yet.
+        # Jobs with events in earlier spools must wait.
         earlier = itertools.takewhile(lambda other: other is not spool, self._spools)
         earlier_jobs = {job_id for other in earlier for job_id in other.job_ids}
         suspect: set[UUID] = set()
         rejected: dict[UUID, BaseException] = {}
         while len(spool) > 0:
-            # In the lane, so that the end of the spool comes in sight while others keep coming in.
+            # With the lock held, so that draining makes progress while new events arrive.
             async with self._write_lock:
                 waiting = [event for event in await spool.waiting() if event.job_id not in earlier_jobs]
                 group = _next_group(waiting, suspect, rejected)
@@ -294,7 +291,7 @@ class DownloadLedger:
             await self._try_one(spool, random.choice(list(rejected)))  # noqa: S311  # each comes in turn
 
     async def _try_one(self, spool: Spool, job_id: UUID) -> None:
-        """The first event of a job by itself, in all the time that a statement may take."""
+        """Writes the first event of a job alone, with the full time limit of a statement."""
         event = next((event for event in await spool.waiting() if event.job_id == job_id), None)
         if event is not None:
             with contextlib.suppress(DatabaseError):
@@ -333,9 +330,9 @@ class DownloadLedger:
                     raise
 
     async def _finish_for_others(self) -> None:
-        """Writes the spools of processes that have ended, and records the deliveries they left running.
+        """Writes the spools of processes that have ended, and records their running deliveries as lost.
 
-        Raises DatabaseUnavailable and OSError, and does it all again next time.
+        Raises DatabaseUnavailable and OSError. The next call retries.
         """
         found = await asyncio.to_thread(Spool.adopt, self._folder, self._passed_over)
         self._adopted += found
@@ -356,12 +353,10 @@ class DownloadLedger:
 
 
 async def open_ledger(database: Database, folder: Path, observe: Observe = lambda *_: None) -> DownloadLedger:
-    """The ledger of this process, its spool in ``folder``, once what others have left is finished, or some
-    seconds later.
+    """Opens the ledger of this process, with its spool in ``folder``, and waits some seconds for the work of
+    killed processes.
 
-    ``observe`` is told of each statement.
-
-    Raises OSError.
+    ``observe`` is called after each statement. Raises OSError.
     """
     ledger = DownloadLedger(database, Spool.create(folder, uuid4()), folder, observe)
     try:
@@ -375,7 +370,7 @@ async def open_ledger(database: Database, folder: Path, observe: Observe = lambd
 def _next_group(
     waiting: Sequence[DownloadEvent], suspect: Collection[UUID], rejected: Collection[UUID]
 ) -> list[DownloadEvent]:
-    """What one statement may take next: no job that is rejected, and one that is suspect only by itself."""
+    """Returns the events of the next statement: no rejected job, and a suspect job only alone."""
     chosen = list(
         itertools.islice((event for event in waiting if event.job_id not in suspect), MAX_BATCH_SIZE)
     )
@@ -399,7 +394,7 @@ def _discard(sets: dict[UUID, set[Item]], job_id: UUID, item: Item) -> None:
 
 
 def _explain(error: BaseException) -> dict[str, object]:
-    """For a log line; what was not foreseen with its traceback."""
+    """Describes an error in a log line. Unforeseen ones get a traceback."""
     is_foreseen = isinstance(error, DatabaseError | TimeoutError)
     return {"error": str(error) or "no answer in time"} | ({} if is_foreseen else {"exc_info": error})
 

@@ -1,8 +1,7 @@
-"""Events that the database cannot take now wait in a file: append-only, one checksummed line each.
+"""The spool: an append-only file of events that the database cannot take now, one checksummed line each.
 
-Each process writes a file of its own and holds a lock on it, so a file whose lock is free belongs to a
-process that has ended: whoever finds it first finishes its work. What was appended is on the disk (fsync)
-when ``append`` returns.
+Each process writes and locks its own file. A file whose lock is free belongs to a process that has ended, and
+another process finishes its work. When ``append`` returns, the events are on the disk (fsync).
 """
 
 import asyncio
@@ -29,18 +28,18 @@ _DAMAGED_SUFFIX = ".damaged"
 
 
 class Spool:
-    """The spool file of one process, ``<folder>/<owner>.spool``. Opening it makes it and takes its lock."""
+    """The spool file of one process, ``<folder>/<owner>.spool``, created and locked."""
 
     def __init__(self, path: Path, descriptor: int) -> None:
         self.owner = UUID(path.stem)
         self._path = path
         self._descriptor = descriptor
         self._access = asyncio.Lock()
-        # What was read, up to this position and line, and is not written yet.
+        # Events read so far, up to this position and line, that are not recorded yet.
         self._unwritten: list[DownloadEvent] = []
         self._position = 0
         self._lines = 0
-        # What no disk took, by its identity: it may be given a second time.
+        # Events that the disk did not take, by identity, because one may be given twice.
         self._homeless: dict[int, DownloadEvent] = {}
         self._waiting: Counter[UUID] = Counter()
 
@@ -52,16 +51,16 @@ class Spool:
         while True:
             descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-            # Another process may have adopted it, found it empty and removed it before it was locked.
+            # Another process may have adopted and removed the empty file before it was locked.
             if os.fstat(descriptor).st_nlink > 0:
                 return cls(path, descriptor)
             os.close(descriptor)
 
     @classmethod
     def adopt(cls, folder: Path, passed_over: set[str]) -> list[Self]:
-        """The spools whose processes have ended, each locked for the caller.
+        """Returns the spools of processes that have ended, locked for the caller.
 
-        What cannot be read is told, once for each name in ``passed_over``, and costs none of the others.
+        Logs an unreadable file once, and adds its name to ``passed_over``.
         """
         found = []
         for path in sorted(folder.glob(f"*{_SUFFIX}")):
@@ -76,7 +75,7 @@ class Spool:
 
     @classmethod
     def _take(cls, path: Path) -> Self | None:
-        """None: its process lives. Raises OSError, and ValueError for a name that is nobody's."""
+        """None: its process runs. Raises OSError, and ValueError for a name that is not a spool's."""
         UUID(path.stem)
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
@@ -97,7 +96,7 @@ class Spool:
             return spool
 
     def __len__(self) -> int:
-        """How many events wait here."""
+        """The number of waiting events."""
         return self._waiting.total()
 
     @property
@@ -106,20 +105,20 @@ class Spool:
         return self._waiting.keys()
 
     async def append(self, events: Sequence[DownloadEvent]) -> None:
-        """Returns once the events are on the disk. Raises OSError, and then none of them is in the file."""
-        # It begins with a line's end: what a failed append may have left must not spoil the first line.
+        """Returns when the events are on the disk. Raises OSError, and then none of them is in the file."""
+        # Starts with a newline, so that the rest of a failed append does not corrupt the first line.
         block = b"\n" + b"".join(_to_line(event) for event in events)
         async with self._access:
             await asyncio.to_thread(self._append, block)
             self._waiting.update(event.job_id for event in events)
 
     async def keep(self, events: Sequence[DownloadEvent]) -> None:
-        """Events that the disk does not take wait in memory, behind what is in the file."""
+        """Keeps events that the disk does not take in memory, after those in the file."""
         async with self._access:
             try:
                 self._unwritten += await asyncio.to_thread(self._read_on)
             except RuntimeError:
-                # No thread is to be had either.
+                # No thread can be started either.
                 self._unwritten += self._read_on()
             new = {id(event): event for event in events if id(event) not in self._homeless}
             self._homeless |= new
@@ -127,14 +126,14 @@ class Spool:
             self._waiting.update(event.job_id for event in new.values())
 
     async def waiting(self) -> list[DownloadEvent]:
-        """What waits here, in order. A process that is killed leaves it to the next, from the beginning."""
+        """Returns the waiting events, in order. After a kill the next process starts at the beginning."""
         async with self._access:
             self._unwritten += await asyncio.to_thread(self._read_on)
             return list(self._unwritten)
 
     async def written(self, events: Sequence[DownloadEvent]) -> None:
-        """Those of ``waiting`` wait no more. The file is emptied when nothing does: until then, whoever
-        finds it writes some a second time, and that is as good as once."""
+        """Marks events of ``waiting`` as recorded. The file is emptied when all are. After a kill before
+        that, the next process records some again, which is idempotent."""
         done = {id(event) for event in events}
         async with self._access:
             gone = [event for event in self._unwritten if id(event) in done]
@@ -149,11 +148,12 @@ class Spool:
 
     @property
     def unsaved(self) -> list[DownloadEvent]:
-        """What waits in memory only."""
+        """Events that are only in memory."""
         return list(self._homeless.values())
 
     def read(self) -> Iterator[DownloadEvent]:
-        """The events in the file. A torn last line was promised to nobody; damage elsewhere is told."""
+        """Yields the events in the file. An incomplete last line was never acknowledged, so it is dropped.
+        Any other damage is logged."""
         return self._parse(self._content(0), 0)
 
     def _read_on(self) -> list[DownloadEvent]:
@@ -179,7 +179,7 @@ class Spool:
                     self._path.with_suffix(_DAMAGED_SUFFIX).write_bytes(content)
 
     def close(self) -> None:
-        """Removes the file if nothing waits in it, and lets go of it."""
+        """Closes the file, and removes it if no event waits."""
         if not self._waiting:
             self._path.unlink(missing_ok=True)
         os.close(self._descriptor)
@@ -220,5 +220,5 @@ def _from_line(line: bytes) -> DownloadEvent | None:
         fields["method"] = fields["method"] and Method(fields["method"])
         return DownloadEvent(**fields)
     except (KeyError, TypeError, ValueError):
-        # Whole, and of a version with other fields.
+        # A complete line of a version with other fields.
         return None

@@ -1,4 +1,4 @@
-"""Listening sockets, TLS, and how many connections a process has room for."""
+"""Listening sockets, TLS, and the number of connections that a process can hold."""
 
 import asyncio
 import os
@@ -21,7 +21,7 @@ class ServerError(OperatorError):
 
 
 def listen(settings: ServerSettings) -> list[socket.socket]:
-    """A listening socket for each address of the host, all on one port. Raises ServerError."""
+    """Opens a listening socket for each address of the host, all on one port. Raises ServerError."""
     port = settings.port
     sockets: list[socket.socket] = []
     try:
@@ -39,14 +39,14 @@ def listen(settings: ServerSettings) -> list[socket.socket]:
 
 
 def address_of(settings: ServerSettings, opened: socket.socket) -> str:
-    """The URL of a listening socket."""
+    """Returns the URL of a listening socket."""
     host, port = opened.getsockname()[:2]
     scheme = "https" if settings.tls_cert else "http"
     return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def tls_context(settings: ServerSettings) -> ssl.SSLContext | None:
-    """The certificate, if there is one. Raises ServerError."""
+    """Loads the certificate, if there is one. Raises ServerError."""
     if settings.tls_cert is None:
         return None
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
@@ -59,7 +59,8 @@ def tls_context(settings: ServerSettings) -> ssl.SSLContext | None:
 
 
 def room_for_connections() -> int:
-    """How many connections a process has descriptors for. Raises the limit on descriptors if it may."""
+    """Returns how many connections the process has descriptors for. Raises the limit on descriptors if it
+    may."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < _ENOUGH_DESCRIPTORS and soft < hard:
         soft = min(hard, _ENOUGH_DESCRIPTORS)

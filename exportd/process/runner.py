@@ -42,14 +42,13 @@ def serve(
 ) -> int:
     """Serves until SIGTERM or SIGINT and returns the exit status: 0 after a drain, 1 after one cut short.
 
-    The first signal stops accepting and lets running requests finish for ``drain_timeout_seconds``; a second
-    one aborts them at once. ``make_app`` is called in each process that serves; ``on_started`` is told the
-    address. ``companion`` runs beside; its stdin ends when this process does. SIGHUP calls ``on_hangup``
-    where one process serves, and replaces the processes where several do. ``max_connections`` 0 is as
-    many as the limit on open files has room for. Raises ServerError, and whatever the application's
-    start-up raises.
+    The first signal stops accepting, and running requests may finish within ``drain_timeout_seconds``. A
+    second one aborts them. ``make_app`` is called in each process that serves, ``on_started`` with the
+    address. ``companion`` runs beside the server. SIGHUP calls ``on_hangup`` in a single process, and
+    replaces several ones. ``max_connections`` 0 is as many as the limit on open files allows. Raises
+    ServerError, and the exceptions of the application's start-up.
     """
-    tls_context(settings)  # a certificate that cannot be used is told before anything starts
+    tls_context(settings)  # an unusable certificate is reported before the server starts
     room = room_for_connections()
     max_connections = min(settings.max_connections or room, room)
     with contextlib.ExitStack() as stack:
@@ -72,9 +71,9 @@ def serve(
 
 
 def run_until_stopped(work: Coroutine[Any, Any, None], *, ends_with_stdin: bool) -> None:
-    """Runs ``work`` and cancels it at SIGTERM, SIGINT or, if so asked, when stdin ends.
+    """Runs ``work`` and cancels it at SIGTERM, SIGINT or, if ``ends_with_stdin``, at the end of stdin.
 
-    Raises what it raises.
+    Raises the exceptions of ``work``.
     """
 
     async def run() -> None:
@@ -95,7 +94,7 @@ def run_until_stopped(work: Coroutine[Any, Any, None], *, ends_with_stdin: bool)
 
 
 class DrainingRunner(web.AppRunner):
-    """A runner whose clean-up first lets running requests finish."""
+    """A runner whose clean-up waits for running requests first."""
 
     def __init__(self, app: web.Application, drain_timeout_seconds: float, max_connections: int) -> None:
         super().__init__(app, access_log=None, handle_signals=False, shutdown_timeout=1.0)

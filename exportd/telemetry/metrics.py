@@ -1,10 +1,10 @@
-"""What the daemon counts and measures, for Prometheus. The one door to prometheus_client.
+"""Metrics for Prometheus. docs/operations.md describes each one.
 
-No label ever holds a user, a job, a path or anything else that a client can make up: every series costs
-memory for as long as the daemon runs. docs/operations.md describes each metric.
+No label holds a user, a job, a path or another value that a client can choose: every series costs memory for
+as long as the daemon runs.
 
-Several processes share their metrics through files in a folder of their own (``shared_metrics``): each writes
-its own, and any of them answers ``/metrics`` for all.
+Several processes share their metrics through files in a folder (``shared_metrics``). Each writes its own
+file, and any of them answers ``/metrics`` for all.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ from exportd.telemetry.logging import shed_lines
 
 __all__ = ["CONTENT_TYPE", "Metrics", "forget_dead_processes", "shared_metrics"]
 
-# One series more for each counter and histogram, which nobody reads.
+# It would add an unused series to each counter and histogram.
 disable_created_metrics()
 
 _HOUR = 3600
@@ -56,8 +56,8 @@ _slot: int | None = None
 class _Counts:
     """A counter, by the values of its labels.
 
-    Counts in plain numbers until ``flush``: the library's own, with a lock and, where processes share, a
-    file, cost several times as much, and a download meets some for each of its slices.
+    Counts in plain numbers until ``flush``. The library's counters, with a lock and with files between
+    processes, cost several times as much, and a download counts each of its slices.
     """
 
     def __init__(self, counter: Counter) -> None:
@@ -74,7 +74,7 @@ class _Counts:
 
 
 class _Distribution:
-    """A histogram, in the same way."""
+    """A histogram, like ``_Counts``."""
 
     def __init__(self, histogram: Histogram, bounds: Sequence[float]) -> None:
         self._histogram = histogram
@@ -92,7 +92,7 @@ class _Distribution:
     def flush(self) -> None:
         for labels, (*counts, total) in self._pending.items():
             histogram = self._histogram.labels(*labels) if labels else self._histogram
-            # The library has no public way to observe many at once.
+            # The library has no public method to observe many values at once.
             for bucket, count in zip(histogram._buckets, counts, strict=True):
                 if count:
                     bucket.inc(count)
@@ -101,9 +101,9 @@ class _Distribution:
 
 
 class Metrics:
-    """The metrics of one application, noted in its event loop; inside ``shared_metrics``, one process's part.
+    """The metrics of one application, or of one process within ``shared_metrics``. Used in the event loop.
 
-    What was noted after the last ``flush`` is not in ``exposition`` yet.
+    ``exposition`` lacks what was counted since the last ``flush``.
     """
 
     def __init__(
@@ -135,8 +135,8 @@ class Metrics:
         )
         self._started = self._counts("downloads_started_total", "Deliveries begun")
         self._completed = self._counts("downloads_completed_total", "Deliveries of every byte asked for")
-        # What the labels may be is there, at 0, from the start: an alert on a counter that appears with its
-        # first failure would miss that one.
+        # Every series exists at 0 from the start: an alert would miss the first failure if it created the
+        # series.
         self._failed = self._counts(
             "downloads_failed_total", "Downloads that failed", ("reason",), failure_reasons
         )
@@ -188,7 +188,7 @@ class Metrics:
         self._pool_limit = self._gauge("database_pool_limit", "The most connections there may be")
         self._processes = self._gauge("processes", "Processes that serve")
         self._memory = self._gauge("process_resident_memory_bytes", "Resident memory")
-        # Not the sum: the process that has most is the first to meet its limit, and all have the same.
+        # The maximum, not the sum: the limit is the same for each process.
         self._descriptors = self._gauge(
             "process_open_descriptors", "File descriptors of the process that has most", mode="livemax"
         )
@@ -197,76 +197,76 @@ class Metrics:
         )
 
         self._under_way = 0
-        # A forked process begins with its parent's.
+        # A forked process inherits its parent's number.
         self._shed_before = shed_lines()
         self._cpu_before = 0.0
         self._processes.set(1)
         self._starts.add()
 
     def request_answered(self, route: str, status: int, seconds: float) -> None:
-        """An answer begins, so many seconds after its request came in."""
+        """Counts a response whose headers are sent, ``seconds`` after its request was received."""
         self._requests.add(route, str(status))
         self._first_bytes.observe(seconds, route)
 
     def download_refused(self, reason: str) -> None:
-        """A download failed before its delivery began."""
+        """Counts a download that failed before its delivery began."""
         self._failed.add(reason)
 
     def access_refused(self, reason: Literal["no_token", "bad_token", "bad_link", "not_permitted"]) -> None:
-        """Nobody known asks, or somebody who may not."""
+        """Counts a request without a valid token or link, or without permission."""
         self._refused.add(reason)
 
     def connection_refused(self, reason: str) -> None:
-        """A connection was closed for what came over it, or did not come."""
+        """Counts a connection that the server closed."""
         self._connections_refused.add(reason)
 
     def limit_hit(self, limit: str) -> None:
-        """A request was more than the limit of that name allows."""
+        """Counts a request over a limit."""
         self._limits_hit.add(limit)
 
     def download_started(self) -> None:
-        """A delivery begins; ``download_completed`` or ``download_failed`` must follow."""
+        """Counts the start of a delivery. ``download_completed`` or ``download_failed`` must follow."""
         self._started.add()
         self._under_way += 1
 
     def download_completed(self, size: str, size_bytes: int, seconds: float) -> None:
-        """A delivery sent all its bytes; ``size`` is the range of sizes that their number lies in."""
+        """Counts a complete delivery. ``size`` is its range of sizes."""
         self._under_way -= 1
         self._completed.add()
         self._durations.observe(seconds, size)
         self._rates.observe(size_bytes / max(seconds, 1e-6), size)
 
     def download_failed(self, reason: str) -> None:
-        """A delivery ended before its last byte."""
+        """Counts a delivery that ended before its last byte."""
         self._under_way -= 1
         self._failed.add(reason)
 
     def bytes_sent(self, method: str, count: int) -> None:
-        """Bytes of a package went out. Told as they go: a download may take hours."""
+        """Counts sent bytes during a delivery, which may take hours."""
         self._sent.add(method, amount=count)
 
     def slice_sent(self, seconds: float, is_cold: bool) -> None:
-        """The sending or reading of one slice took so long."""
+        """Records the duration of sending or reading one slice."""
         self._slices.observe(seconds, "cold" if is_cold else "hot")
 
     def loop_was_late(self, seconds: float) -> None:
-        """The loop woke a task up so late."""
+        """Records the lag of the event loop."""
         self._lag.observe(seconds)
 
     def events_flushed(self, count: int, seconds: float, is_written: bool) -> None:
-        """One statement of the ledger has ended."""
+        """Counts the events of one statement of the ledger."""
         self._flushes.observe(seconds, "written" if is_written else "failed")
         self._groups.observe(count)
 
     def cleanup_finished(self, deleted: int, failed: int, waiting: int, freed_bytes: int) -> None:
-        """A cleanup of this process went to its end just now."""
+        """Counts a complete cleanup of this process."""
         for result, count in zip(_CLEANUP_RESULTS, (deleted, failed, waiting), strict=True):
             self._cleaned.add(result, amount=count)
         self._freed.add(amount=freed_bytes)
         self.cleanup_was_finished(datetime.now(UTC))
 
     def cleanup_was_finished(self, at: datetime) -> None:
-        """When the last cleanup went to its end, whoever's it was."""
+        """Sets when the last complete cleanup of any daemon finished."""
         self._cleanup_end.set(at.timestamp())
 
     def flush(
@@ -278,7 +278,7 @@ class Metrics:
         pool_idle: int,
         pool_limit: int,
     ) -> None:
-        """Puts what was noted, and how things stand, where ``exposition`` of every process finds it."""
+        """Writes the counts and the present state to where ``exposition`` of every process reads them."""
         shed = shed_lines()
         self._shed.add(amount=max(0, shed - self._shed_before))
         self._shed_before = shed
@@ -292,21 +292,21 @@ class Metrics:
         self._pool_limit.set(pool_limit)
 
     def measure_process(self) -> None:
-        """Notes what the kernel says of this process."""
+        """Measures this process."""
         used = time.process_time()
         self._cpu.add(amount=used - self._cpu_before)
         self._cpu_before = used
         self._descriptor_limit.set(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-        # Linux only; elsewhere both stay at 0.
+        # Linux only. Elsewhere both stay at 0.
         with contextlib.suppress(FileNotFoundError):
             self._descriptors.set(sum(1 for _ in Path("/proc/self/fd").iterdir()))
             resident_pages = int(Path("/proc/self/statm").read_text().split()[1])
             self._memory.set(resident_pages * resource.getpagesize())
 
     def exposition(self, *, database_is_up: bool, packages: Mapping[str, tuple[int, int]] | None) -> bytes:
-        """Everything as text, for all processes. ``packages``: number and bytes by state, where known.
+        """Returns the metrics of all processes as text. ``packages``: number and bytes by state, if known.
 
-        May be called in a thread; reads files where several processes share their metrics.
+        May be called in a thread. Reads files if several processes share their metrics.
         """
         self._snapshot.database_is_up = database_is_up
         self._snapshot.packages = packages
@@ -348,7 +348,7 @@ class Metrics:
 
 
 class _Snapshot(Collector):
-    """What is true of the whole daemon, whichever process says so."""
+    """Metrics of the whole daemon, which any process can report."""
 
     database_is_up = False
     packages: Mapping[str, tuple[int, int]] | None = None
@@ -375,16 +375,16 @@ class _Snapshot(Collector):
 
 @contextlib.contextmanager
 def shared_metrics() -> Iterator[None]:
-    """While the block lasts, the processes that are forked from this one share their metrics."""
+    """Lets processes that are forked while the block runs share their metrics."""
     global _shared_folder
     owner = os.getpid()
     folder = _shared_folder = Path(tempfile.mkdtemp(prefix="exportd-metrics-"))
-    # What prometheus_client takes the folder from.
+    # prometheus_client reads the folder from this variable.
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder)
     try:
         yield
     finally:
-        # A forked worker leaves by here too; the folder is its parent's.
+        # A forked worker leaves here too. The folder belongs to its parent.
         if os.getpid() == owner:
             _shared_folder = None
             del os.environ["PROMETHEUS_MULTIPROC_DIR"]
@@ -392,7 +392,7 @@ def shared_metrics() -> Iterator[None]:
 
 
 def forget_dead_processes() -> None:
-    """Drops what processes that have ended said of their present state; what they counted stays."""
+    """Removes the gauges of processes that have ended. Their counts stay."""
     assert _shared_folder is not None
     for path in _shared_folder.glob("*.lock"):
         lock = _lock_slot(path)
@@ -402,14 +402,14 @@ def forget_dead_processes() -> None:
 
 
 def _own_slot(folder: Path) -> int:
-    """This process's number among those that live: the smallest that is free.
+    """Reserves the smallest free number for this process.
 
-    Files are named by it and not by the process id, so that the next process goes on counting in the files of
-    one that ended: with a daily reload there would otherwise be more files to read by the day.
+    Files are named by it and not by the process id, so that a new process continues in the files of one that
+    ended. Otherwise each reload would add files to read.
     """
     global _slot
     if _slot is None:
-        # The lock stays open: the kernel frees the slot when the process ends, however it ends.
+        # The lock stays open. The kernel frees it when the process ends.
         _slot = next(
             number for number in itertools.count() if _lock_slot(folder / f"{number}.lock") is not None
         )
@@ -418,7 +418,7 @@ def _own_slot(folder: Path) -> int:
 
 
 def _lock_slot(path: Path) -> int | None:
-    """The descriptor that holds the lock, or None where a living process holds it."""
+    """Returns the descriptor that holds the lock, or None if a running process holds it."""
     lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
