@@ -1,5 +1,4 @@
-"""What the document says of each operation: its words, what it answers, and which errors of the table it can
-meet. The errors themselves are told by ``errors.py``."""
+"""The description of each operation: its texts, its responses, and its errors, which ``errors.py`` defines."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -41,11 +40,11 @@ from exportd.web.openapi.schemas import Health, Job, JobEvent, JobPage, Link, Re
 JSON = "application/json"
 
 DESCRIPTION = """\
-exportd hands finished export packages (`.tar.gz`) to the people allowed to have them. Any client can resume,
-and every whole download is counted exactly once.
+exportd serves finished export packages (`.tar.gz`) to the users who may download them. Any client can resume, and
+every whole download is counted exactly once.
 
 **Authenticate** with a JWT as `Authorization: Bearer …` (*Authorize* keeps it for this page). It names the
-user in `userId`; with `"role": "admin"` it may see and download everything. For the curl lines here:
+user in `userId`; with `"role": "admin"` it may see and download everything. The curl commands here use:
 
 ```sh
 EXPORTD=http://127.0.0.1:8080
@@ -56,18 +55,18 @@ JOB_ID=25395ef1-daf8-4ea1-a532-c61e57b1134f
 **Download** the package of a completed job, or make a *download link*, which needs no token, for a browser's
 own download manager.
 
-**Resume** with `Range: bytes=N-` and `If-Range` with the `ETag` of the first answer: 206 is the rest of the
-same package, 200 another one whole. A job's package never changes, so a bare `Range` is safe too.
+**Resume** with `Range: bytes=N-` and `If-Range` with the `ETag` of the first response: 206 is the rest of the same
+package, 200 is another package. A job's package never changes, so `Range` alone is safe too.
 
 **Errors** are JSON with a stable `code`, and a `requestId` that is also in the log; a browser that asks for
 `text/html` gets them as a page. Any other address answers 404 `NOT_FOUND`, any other method 405
-`METHOD_NOT_ALLOWED`. What is no valid HTTP, or too large, is told so before it reaches an operation.
+`METHOD_NOT_ALLOWED`. Malformed or too large requests are rejected before they reach an operation.
 """
 
 TAGS = [
-    {"name": "Download", "description": "A package, and links to it"},
-    {"name": "Jobs", "description": "Export jobs, as their creators and admins see them"},
-    {"name": "Operation", "description": "For whoever runs the daemon"},
+    {"name": "Download", "description": "Packages, and links to them"},
+    {"name": "Jobs", "description": "Export jobs, for their creators and admins"},
+    {"name": "Operation", "description": "For operators"},
 ]
 
 SECURITY_SCHEMES = {
@@ -75,50 +74,50 @@ SECURITY_SCHEMES = {
         "type": "http",
         "scheme": "bearer",
         "bearerFormat": "JWT",
-        "description": "Signed with one of the keys of `[auth]`; `exp` and the user's claim are needed",
+        "description": "Signed with a key of `[auth]`; `exp` and the user's claim are required",
     },
     "ticket": {
         "type": "apiKey",
         "in": "query",
         "name": "ticket",
-        "description": "Of a download link; it opens one package and nothing else",
+        "description": "The ticket of a download link. It gives access to one package",
     },
 }
 
-# Every header field of an answer, with an example. Content-Type stands with the content.
+# Every header field of a response, with an example, except Content-Type.
 HEADERS: Mapping[str, tuple[str, str | int]] = {
-    "X-Request-ID": ("The caller's, if it was sane, or a new one; also in the log", "4aaa15a5" * 4),
+    "X-Request-ID": ("The caller's id if it is plain text, or a new one; also in the log", "4aaa15a5" * 4),
     "X-Content-Type-Options": ("Always", "nosniff"),
-    "Referrer-Policy": ("An address may hold a ticket", "no-referrer"),
-    "Content-Security-Policy": ("What a page of this answer may load", "default-src 'none'"),
+    "Referrer-Policy": ("URLs may contain a ticket", "no-referrer"),
+    "Content-Security-Policy": ("What a page with this response may load", "default-src 'none'"),
     "Server": ("Without a version", "exportd"),
-    "Vary": ("What else the answer depends on", "Authorization"),
+    "Vary": ("The request fields that the response depends on", "Authorization"),
     "Access-Control-Allow-Origin": ("For pages of listed `cors_origins`", "https://app.example.com"),
     "Access-Control-Expose-Headers": ("For pages of listed `cors_origins`", "Content-Disposition, ETag"),
-    "Cache-Control": ("A package may be kept privately for an hour, nothing else at all", "no-store"),
-    "Content-Length": ("Bytes of the body, or of what GET would send", 300025450),
+    "Cache-Control": ("A package may be cached privately for an hour, other responses not", "no-store"),
+    "Content-Length": ("Bytes of the body, or of the body of a GET", 300025450),
     "Content-Disposition": (
-        "The name to save under; `filename*` where it is not ASCII",
+        "The file name; `filename*` if it is not ASCII",
         'attachment; filename="export-customer-form-2026-11-23.tar.gz"',
     ),
-    "Content-Range": ("Which bytes of how many; of several ranges each part has it", "bytes 0-499/1000"),
+    "Content-Range": ("The bytes of the range; with several ranges in each part", "bytes 0-499/1000"),
     "Accept-Ranges": ("Always", "bytes"),
-    "ETag": ("Strong: the SHA-256 of the package, where that is known", '"' + "08034f71" * 8 + '"'),
+    "ETag": ("Strong: the SHA-256 of the package, if it is known", '"' + "08034f71" * 8 + '"'),
     "Last-Modified": ("When the job was completed", "Mon, 23 Nov 2026 23:30:31 GMT"),
     "Repr-Digest": (
-        "Of the whole package (RFC 9530), where it is known",
+        "The SHA-256 of the whole package (RFC 9530), if it is known",
         "sha-256=:47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU=:",
     ),
     "X-Package-Size": ("For people: 1024-based, one decimal", "286.1 MB"),
-    "Sunset": ("Until when the package is to be had (RFC 8594)", "Wed, 23 Dec 2026 23:30:31 GMT"),
+    "Sunset": ("Until when the package is available (RFC 8594)", "Wed, 23 Dec 2026 23:30:31 GMT"),
     "X-Accel-Buffering": ("Tells nginx not to spool the body", "no"),
     "Location": ("The new job", "/api/tool-registry/export-jobs/25395ef1-daf8-4ea1-a532-c61e57b1134f"),
-    "WWW-Authenticate": ("RFC 6750; with `error` where a token came", 'Bearer realm="exportd"'),
+    "WWW-Authenticate": ("RFC 6750; with `error` if the request had a token", 'Bearer realm="exportd"'),
     "Retry-After": ("In seconds", 7),
-    "Allow": ("Which methods there are", "GET, HEAD"),
+    "Allow": ("The supported methods", "GET, HEAD"),
 }  # fmt: skip
 
-# What every answer may carry.
+# Headers that every response may have.
 COMMON_HEADERS = (
     "X-Request-ID",
     "X-Content-Type-Options",
@@ -135,7 +134,7 @@ Parameter = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An answer that is no error. ``content`` holds OpenAPI's media types, ``headers`` names of HEADERS."""
+    """A response that is no error. ``content`` holds OpenAPI's media types, ``headers`` names of HEADERS."""
 
     says: str
     content: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -144,9 +143,9 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """What is documented of a handler. ``curl`` are the options that its curl line needs.
+    """The description of a handler. ``curl`` holds the options of its curl command.
 
-    ``may_be_tried``: by a page that keeps the whole answer in memory.
+    ``may_be_tried``: Swagger UI may call it, although it keeps the whole response in memory.
     """
 
     tag: str
@@ -177,7 +176,7 @@ def _parameter(place: str, name: str, says: str, example: object = None, **schem
 
 
 _REQUEST_ID = _parameter(
-    "header", "X-Request-ID", "An id to find this request by, in the log", "my-request-1"
+    "header", "X-Request-ID", "An id of this request, for the log", "my-request-1"
 )
 _TRACE = _parameter(
     "header",
@@ -213,34 +212,34 @@ DOWNLOAD = Operation(
     "Download",
     "Download a package",
     """\
-Sends the package of a completed job to its creator, an admin, or whoever has a download link to it; a link's
-`ticket` goes before a token. With `Range`, one range or several of it. HEAD ignores `Range` and counts as
-nothing. The strong `ETag` and the `Repr-Digest` are of the package's SHA-256, so a resume never joins two
-versions. Preconditions are judged in the order of RFC 9110, section 13.2.2.
+Sends the package of a completed job to its creator, to an admin, or by a download link; a link's `ticket`
+overrides a token. `Range` requests one or several ranges. HEAD ignores `Range` and is not counted. The strong
+`ETag` and the `Repr-Digest` come from the package's SHA-256, so a resume never joins two versions. Preconditions
+are evaluated in the order of RFC 9110, section 13.2.2.
 
-From its expiry on (`Sunset`) nobody starts a download; who began one before may resume it for the grace time.
-A body that cannot be finished ends in an aborted connection.""",
+No download starts after the package's expiry (`Sunset`). An unfinished one may be resumed for the grace time. If
+a body cannot be finished, the connection is aborted.""",
     {
         200: Answer("The whole package", {"application/gzip": _BINARY}, _PACKAGE_HEADERS),
         206: Answer(
-            "The ranges that were asked for, those that overlap or touch made one",
+            "The requested ranges; overlapping and adjacent ones are merged",
             {"application/gzip": _BINARY, "multipart/byteranges": _BINARY},
             (*_PACKAGE_HEADERS, "Content-Range"),
         ),
-        304: Answer("The client has this package already", headers=_VALIDATORS),
+        304: Answer("The client already has this package", headers=_VALIDATORS),
     },
     (*_OF_A_PACKAGE, LinkExpired, QuotaExceeded, PreconditionFailed, RangeNotSatisfiable),
     (
         _JOB_ID,
         _parameter(
-            "header", "Range", "Which bytes to send, of GET; an invalid one is ignored", "bytes=0-499"
+            "header", "Range", "The bytes that a GET requests; an invalid field is ignored", "bytes=0-499"
         ),
-        _parameter("header", "If-Range", "`Range` counts only for this very ETag or date"),
-        _parameter("header", "If-Match", "Only if the package has one of these ETags; else 412"),
-        _parameter("header", "If-None-Match", "Only if the package has none of these ETags; else 304"),
-        _parameter("header", "If-Modified-Since", "Only if the package is newer; else 304"),
-        _parameter("header", "If-Unmodified-Since", "Only if the package is no newer; else 412"),
-        _parameter("header", "Want-Repr-Digest", "`sha-256=0` leaves out `Repr-Digest`", "sha-256=1"),
+        _parameter("header", "If-Range", "`Range` applies only if the package has this ETag or date"),
+        _parameter("header", "If-Match", "412 unless the package has one of these ETags"),
+        _parameter("header", "If-None-Match", "304 if the package has one of these ETags"),
+        _parameter("header", "If-Modified-Since", "304 unless the package is newer"),
+        _parameter("header", "If-Unmodified-Since", "412 if the package is newer"),
+        _parameter("header", "Want-Repr-Digest", "`sha-256=0` omits `Repr-Digest`", "sha-256=1"),
         *_COMMON,
     ),
     security=("bearer", "ticket"),
@@ -252,9 +251,9 @@ MAKE_LINK = Operation(
     "Download",
     "Make a download link",
     """\
-Makes an address that downloads the package as the caller, without a token. It starts downloads for an hour
-and resumes them for a day (`[links]`), while the caller may download. Whoever has it has the package.""",
-    {201: _json("The link; it is told this once", Link)},
+Makes a URL that downloads the package as the caller, without a token. It starts downloads for an hour and resumes
+them for a day (`[links]`), as long as the caller may download. Anybody with the URL can download the package.""",
+    {201: _json("The link, which is shown only once", Link)},
     (*_OF_A_PACKAGE, QuotaExceeded),
     (_JOB_ID, *_COMMON),
     curl="-X POST",
@@ -264,9 +263,8 @@ REVOKE_LINKS = Operation(
     "Download",
     "Revoke the download links to a package",
     """\
-Ends all of them for the package's creator and for admins; who was that once ends those that they made.
-Running downloads go on.""",
-    {204: Answer("There are none any more", headers=("Cache-Control",))},
+The package's creator and admins revoke all links, other users those that they made. Running downloads continue.""",
+    {204: Answer("The links are revoked", headers=("Cache-Control",))},
     _OF_A_JOB,
     (_JOB_ID, *_COMMON),
     curl="-X DELETE",
@@ -275,7 +273,7 @@ Running downloads go on.""",
 STATISTICS = Operation(
     "Download",
     "Show how often a package was downloaded",
-    "Counts, times, bytes and recent deliveries, right as soon as a download has ended.",
+    "Counts, times, bytes and recent deliveries. Up to date as soon as a download has ended.",
     {200: _json("The job's statistics", Statistics)},
     _OF_A_JOB,
     (_JOB_ID, *_COMMON),
@@ -284,15 +282,15 @@ STATISTICS = Operation(
 LIST_JOBS = Operation(
     "Jobs",
     "List export jobs",
-    "The caller's jobs, everybody's for an admin, newest first. A job that is made meanwhile shifts no page.",
+    "The caller's jobs, or every user's for an admin, newest first. New jobs do not shift later pages.",
     {200: _json("A page of jobs", JobPage)},
     (InvalidParameter, *_WITH_A_TOKEN),
     (
         _parameter("query", "status", "Only jobs of this status", enum=list(JobStatus)),
         _parameter(
-            "query", "limit", "How many a page holds", type="integer", minimum=1, maximum=100, default=20
+            "query", "limit", "The number of jobs on a page", type="integer", minimum=1, maximum=100, default=20
         ),
-        _parameter("query", "cursor", "The `nextCursor` of the page before"),
+        _parameter("query", "cursor", "The `nextCursor` of the previous page"),
         *_COMMON,
     ),
 )
@@ -300,7 +298,7 @@ LIST_JOBS = Operation(
 SHOW_JOB = Operation(
     "Jobs",
     "Show an export job",
-    "Its status, how far it is, and what became of its package.",
+    "The job's status, its progress, and the state of its package.",
     {200: _json("The job", Job)},
     _OF_A_JOB,
     (_JOB_ID, *_COMMON),
@@ -310,12 +308,12 @@ JOB_EVENTS = Operation(
     "Jobs",
     "Follow an export job",
     """\
-Server-sent events: a `job` event with the whole present state, now and at each change. Its data is a
-`JobState` (among the schemas), its id a digest of that: who comes again with `Last-Event-ID` is not told what
-they know. The stream ends with the token, when the job is gone, and when the daemon stops.""",
+Server-sent events: a `job` event with the whole state, now and at each change. Its data is a `JobState` (see the
+schemas), its id a digest of the data: a client that reconnects with `Last-Event-ID` does not get the same state
+again. The stream ends when the token expires, when the job is deleted, and when the daemon stops.""",
     {
         200: Answer(
-            "The events, for as long as the client stays",
+            "The events, until the client disconnects",
             {
                 # Of each event, as OpenAPI 3.2 says it too.
                 "text/event-stream": {"schema": JobEvent}
@@ -324,7 +322,7 @@ they know. The stream ends with the token, when the job is gone, and when the da
         )
     },
     _OF_A_JOB,
-    (_JOB_ID, _parameter("header", "Last-Event-ID", "The id of the last event that came"), *_COMMON),
+    (_JOB_ID, _parameter("header", "Last-Event-ID", "The id of the last received event"), *_COMMON),
     curl="-N",
     may_be_tried=False,
 )
@@ -332,7 +330,7 @@ they know. The stream ends with the token, when the job is gone, and when the da
 RE_EXPORT = Operation(
     "Jobs",
     "Export again",
-    "Asks for the export of a job whose package is gone once more, as a new job that names the old one.",
+    "Requests the export of a job whose package is gone again. The new job refers to the old one.",
     {202: _json("The new job", Job, "Location")},
     (*_OF_A_JOB, PackageAvailable, ExportInProgress, ReExportUnsupported),
     (_JOB_ID, *_COMMON),
@@ -341,9 +339,9 @@ RE_EXPORT = Operation(
 
 HEALTH = Operation(
     "Operation",
-    "Tell whether the process lives",
-    "Answers as long as the process does, also while it drains.",
-    {200: _json("It lives", Health)},
+    "Check that the process runs",
+    "Returns 200 while the process runs, also during a drain.",
+    {200: _json("The process runs", Health)},
     _ANYWHERE,
     _COMMON,
     security=(),
@@ -351,11 +349,11 @@ HEALTH = Operation(
 
 READINESS = Operation(
     "Operation",
-    "Tell whether downloads can be served",
-    "Asks the database and the storage.",
+    "Check that downloads can be served",
+    "Checks the database and the storage.",
     {
-        200: _json("Both answer", Readiness),
-        503: _json("One does not, or the daemon is draining", Readiness),
+        200: _json("Both respond", Readiness),
+        503: _json("One does not respond, or the daemon is draining", Readiness),
     },
     _ANYWHERE,
     _COMMON,
@@ -365,7 +363,7 @@ READINESS = Operation(
 METRICS = Operation(
     "Operation",
     "Show metrics",
-    "Those of all processes, for Prometheus. Not for the internet.",
+    "The metrics of all processes, for Prometheus. Not for the internet.",
     {
         200: Answer(
             "In Prometheus' text format",

@@ -1,4 +1,4 @@
-"""The shapes of what the API answers, for its documentation. Every field is always there, and no other.
+"""The schemas of the API's responses, for the documentation. Every field is always present, and no other.
 
 Nothing is validated by them while serving; the tests hold real answers against them.
 """
@@ -20,7 +20,7 @@ _DOWNLOADED = "2026-11-24T09:12:44.902117+00:00"
 
 
 class Shape(Schema):
-    """Base: what is not named is not there."""
+    """Base class. Unknown fields are errors."""
 
     class Meta:
         unknown = RAISE
@@ -50,7 +50,7 @@ class Package(Shape):
     size = _or_null(fields.String, "For people: 1024-based, one decimal", "286.1 MB")
     sha256 = _or_null(fields.String, "Hexadecimal; null: not known", "08034f71" * 8)
     fileName = _or_null(
-        fields.String, "What a download is saved as", "export-customer-form-2026-11-23.tar.gz"
+        fields.String, "The file name of a download", "export-customer-form-2026-11-23.tar.gz"
     )
     expiresAt = _or_null(fields.AwareDateTime, "Null: never", "2026-12-23T23:30:31+00:00")
 
@@ -58,13 +58,13 @@ class Package(Shape):
 class Job(Shape):
     jobId = _field(fields.UUID, "", _JOB_ID)
     userId = _field(fields.String, "Its creator", "alice")
-    tool = _field(fields.String, "What exported; may be empty", "Customer Form")
+    tool = _field(fields.String, "The exported tool; may be empty", "Customer Form")
     status = _field(
         fields.String,
-        "pending, processing, completed, failed, or what an application has",
+        "pending, processing, completed, failed, or an application's own",
         "completed",
     )
-    percent = _or_null(fields.Integer, "How far its packing is", 100)
+    percent = _or_null(fields.Integer, "Progress of the packing", 100)
     failureReason = _or_null(fields.String, "", None)
     createdAt = _or_null(fields.AwareDateTime, "", _CREATED)
     completedAt = _or_null(fields.AwareDateTime, "", _COMPLETED)
@@ -84,7 +84,7 @@ class JobPage(Shape):
     jobs = _list_of(Job, "Newest first")
     nextCursor = _or_null(
         fields.String,
-        "What `cursor` continues with; null: there is no more",
+        "The `cursor` of the next page; null: this is the last",
         "MjAyNi0xMS0yM1QyMjo1ODow",
     )
 
@@ -93,14 +93,14 @@ class RunningDownload(Shape):
     downloadId = _field(fields.UUID, "", "0b1f6f5e-54a1-4c9b-b0b5-5c7d3d2a9f10")
     startedAt = _field(fields.AwareDateTime, "", _DOWNLOADED)
     bytesRequested = _field(fields.Integer, "", _SIZE_BYTES)
-    bytesAcknowledged = _field(fields.Integer, "What the client's side has confirmed", 104857600)
+    bytesAcknowledged = _field(fields.Integer, "Confirmed by the client's kernel", 104857600)
 
 
 class JobState(Job):
     bytesReceived = _field(
-        fields.Integer, "What the caller has of the package, of deliveries that ended", 104857600
+        fields.Integer, "Bytes of the package that the caller has, from deliveries that ended", 104857600
     )
-    downloads = _list_of(RunningDownload, "The caller's own, under way")
+    downloads = _list_of(RunningDownload, "The caller's running downloads")
 
 
 class JobEvent(Shape):
@@ -117,9 +117,9 @@ class Link(Shape):
         "Relative to the API's own address",
         f"/api/tool-registry/export-jobs/{_JOB_ID}/download?ticket=mB9cK2hQ7xW0vYtR3nEoLpZsD5aJfUgI8bTkXe1MqHc",
     )
-    expiresAt = _field(fields.AwareDateTime, "Until then it starts downloads", "2026-11-23T13:00:00+00:00")
+    expiresAt = _field(fields.AwareDateTime, "Until when it starts downloads", "2026-11-23T13:00:00+00:00")
     resumeUntil = _field(
-        fields.AwareDateTime, "Until then it resumes what was started", "2026-11-24T12:00:00+00:00"
+        fields.AwareDateTime, "Until when it resumes downloads", "2026-11-24T12:00:00+00:00"
     )
 
 
@@ -143,9 +143,9 @@ class Delivery(Shape):
     outcome = _field(fields.String, "completed, aborted, failed, changed, lost or running", "completed")
     reason = _or_null(fields.String, "", None)
     status = _field(fields.Integer, "", 206, validate=validate.OneOf([200, 206]))
-    method = _or_null(fields.String, "How it was sent", "sendfile", validate=validate.OneOf(list(Method)))
+    method = _or_null(fields.String, "The way of sending", "sendfile", validate=validate.OneOf(list(Method)))
     bytesSent = _field(fields.Integer, "Handed to the kernel", 300025450)
-    bytesAcknowledged = _field(fields.Integer, "Confirmed by the client's side", 300025450)
+    bytesAcknowledged = _field(fields.Integer, "Confirmed by the client's kernel", 300025450)
     durationSeconds = _field(fields.Float, "", 4.311)
 
 
@@ -154,9 +154,9 @@ class Statistics(Shape):
     downloadCount = _field(fields.Integer, "Whole downloads, each counted once", 3)
     lastDownloadedAt = _or_null(fields.AwareDateTime, "", _DOWNLOADED)
     bytesServed = _field(fields.Integer, "", 904933978)
-    uniqueUsers = _field(fields.Integer, "How many have completed a delivery", 2)
-    bySize = _list_of(SizeSummary, "Whole downloads in one delivery, by the size of the package")
-    failures = _list_of(FailureCount, "Deliveries that did not end well, by kind")
+    uniqueUsers = _field(fields.Integer, "Number of users who completed a delivery", 2)
+    bySize = _list_of(SizeSummary, "Downloads in one delivery, by the size of the package")
+    failures = _list_of(FailureCount, "Deliveries that were not completed, by kind")
     recentEvents = _list_of(Delivery, "The last twenty deliveries, newest first")
 
 
@@ -178,17 +178,17 @@ class Envelope(Shape):
 
 # What rows of the error table add.
 _EXTRA = {
-    "parameter": fields.String(required=True, metadata={"description": "Which one"}),
+    "parameter": fields.String(required=True, metadata={"description": "The invalid parameter"}),
     "jobStatus": fields.String(required=True),
     "expiresAt": fields.AwareDateTime(required=True, allow_none=True),
-    "jobId": fields.UUID(required=True, metadata={"description": "The job that has the package, or will"}),
-    "limit": fields.String(required=True, metadata={"description": "One of `[limits]`"}),
+    "jobId": fields.UUID(required=True, metadata={"description": "The job that has the package, or will have it"}),
+    "limit": fields.String(required=True, metadata={"description": "A key of `[limits]`, `re_export_after_failure` or `small_ranges_per_minute`"}),
     "retryAfterSeconds": fields.Integer(required=True, metadata={"description": "As Retry-After"}),
 }
 
 
 def error_shape(name: str, code: str, message: str, extra: Collection[str]) -> type[Shape]:
-    """The envelope of one error of the table, with what it adds."""
+    """The response of one error, with its extra fields."""
     own = {
         "code": _field(fields.String, "Stable; for programs", code, validate=validate.OneOf([code])),
         "message": _field(fields.String, "For people", message),
