@@ -3,6 +3,8 @@
 # make test-slow  the others: browsers, schemathesis, long measurements, large packages, the wheel
 # make cover      both, with branch coverage
 # make lint       formatting, lint, types, import layers
+# make fmt        format the code
+# make serve      run the daemon; ARGS go to exportd serve
 # make screenshots  the README's pictures of the page (needs chromium)
 # make bench      exportd beside its peers; ARGS=--quick, ARGS=soak
 #
@@ -22,10 +24,13 @@ CONTENT := $(shell cksum < pyproject.toml | cut -d ' ' -f 1)
 INSTALLED := $(VENV)/installed-$(CONTENT)
 INSTALLED_DEV := $(VENV)/installed-dev-$(CONTENT)
 
-.PHONY: demo test test-slow cover lint screenshots bench clean
+.PHONY: demo serve test test-slow cover lint fmt screenshots bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/exportd demo
+
+serve: $(INSTALLED)
+	$(BIN)/exportd serve $(ARGS)
 
 test: $(INSTALLED_DEV)
 	$(PYTEST) -m "not slow" $(ARGS)
@@ -42,6 +47,10 @@ lint: $(INSTALLED_DEV)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q -p no:randomly tests/test_layers.py
+
+fmt: $(INSTALLED_DEV)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
 
 screenshots: $(INSTALLED_DEV)
 	$(BIN)/python -m pytest -q tests/page/screenshots.py

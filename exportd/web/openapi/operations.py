@@ -175,9 +175,7 @@ def _parameter(place: str, name: str, says: str, example: object = None, **schem
     return described | ({"required": True} if place == "path" else {})
 
 
-_REQUEST_ID = _parameter(
-    "header", "X-Request-ID", "An id of this request, for the log", "my-request-1"
-)
+_REQUEST_ID = _parameter("header", "X-Request-ID", "An id of this request, for the log", "my-request-1")
 _TRACE = _parameter(
     "header",
     "traceparent",
@@ -288,7 +286,13 @@ LIST_JOBS = Operation(
     (
         _parameter("query", "status", "Only jobs of this status", enum=list(JobStatus)),
         _parameter(
-            "query", "limit", "The number of jobs on a page", type="integer", minimum=1, maximum=100, default=20
+            "query",
+            "limit",
+            "The number of jobs on a page",
+            type="integer",
+            minimum=1,
+            maximum=100,
+            default=20,
         ),
         _parameter("query", "cursor", "The `nextCursor` of the previous page"),
         *_COMMON,

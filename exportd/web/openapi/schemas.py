@@ -118,9 +118,7 @@ class Link(Shape):
         f"/api/tool-registry/export-jobs/{_JOB_ID}/download?ticket=mB9cK2hQ7xW0vYtR3nEoLpZsD5aJfUgI8bTkXe1MqHc",
     )
     expiresAt = _field(fields.AwareDateTime, "Until when it starts downloads", "2026-11-23T13:00:00+00:00")
-    resumeUntil = _field(
-        fields.AwareDateTime, "Until when it resumes downloads", "2026-11-24T12:00:00+00:00"
-    )
+    resumeUntil = _field(fields.AwareDateTime, "Until when it resumes downloads", "2026-11-24T12:00:00+00:00")
 
 
 class SizeSummary(Shape):
@@ -181,8 +179,15 @@ _EXTRA = {
     "parameter": fields.String(required=True, metadata={"description": "The invalid parameter"}),
     "jobStatus": fields.String(required=True),
     "expiresAt": fields.AwareDateTime(required=True, allow_none=True),
-    "jobId": fields.UUID(required=True, metadata={"description": "The job that has the package, or will have it"}),
-    "limit": fields.String(required=True, metadata={"description": "A key of `[limits]`, `re_export_after_failure` or `small_ranges_per_minute`"}),
+    "jobId": fields.UUID(
+        required=True, metadata={"description": "The job that has the package, or will have it"}
+    ),
+    "limit": fields.String(
+        required=True,
+        metadata={
+            "description": "A key of `[limits]`, `re_export_after_failure` or `small_ranges_per_minute`"
+        },
+    ),
     "retryAfterSeconds": fields.Integer(required=True, metadata={"description": "As Retry-After"}),
 }
 
