@@ -375,7 +375,7 @@ async def test_a_dead_link_is_told_in_words_to_a_person(start: Start, jobs: Jobs
         assert (response.status, response.content_type) == (410, "text/html")
         assert "default-src 'none'" in response.headers["Content-Security-Policy"]
         page = await response.text()
-        assert "The download link has expired" in page
+        assert "This download link is invalid, expired or revoked" in page
         assert response.headers["X-Request-ID"] in page
         assert "<script" not in page
     for accept in ("*/*", "application/json", "application/json, text/html;q=0", "text/html; q=0.000"):

@@ -1,4 +1,4 @@
-"""The description of each operation: its texts, its responses, and its errors, which ``errors.py`` defines."""
+"""The description of each operation: its texts, its responses, and its errors (``web/edge/errors.py``)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -40,8 +40,8 @@ from exportd.web.openapi.schemas import Health, Job, JobEvent, JobPage, Link, Re
 JSON = "application/json"
 
 DESCRIPTION = """\
-exportd serves finished export packages (`.tar.gz`) to the users who may download them. Any client can resume, and
-every whole download is counted exactly once.
+exportd serves finished export packages (`.tar.gz`) to the users who may download them. Any client can
+resume, and every whole download is counted exactly once.
 
 **Authenticate** with a JWT as `Authorization: Bearer …` (*Authorize* keeps it for this page). It names the
 user in `userId`; with `"role": "admin"` it may see and download everything. The curl commands here use:
@@ -55,8 +55,8 @@ JOB_ID=25395ef1-daf8-4ea1-a532-c61e57b1134f
 **Download** the package of a completed job, or make a *download link*, which needs no token, for a browser's
 own download manager.
 
-**Resume** with `Range: bytes=N-` and `If-Range` with the `ETag` of the first response: 206 is the rest of the same
-package, 200 is another package. A job's package never changes, so `Range` alone is safe too.
+**Resume** with `Range: bytes=N-` and `If-Range` with the `ETag` of the first response: 206 is the rest of
+the same package, 200 is another package. A job's package never changes, so `Range` alone is safe too.
 
 **Errors** are JSON with a stable `code`, and a `requestId` that is also in the log; a browser that asks for
 `text/html` gets them as a page. Any other address answers 404 `NOT_FOUND`, any other method 405
@@ -211,12 +211,12 @@ DOWNLOAD = Operation(
     "Download a package",
     """\
 Sends the package of a completed job to its creator, to an admin, or by a download link; a link's `ticket`
-overrides a token. `Range` requests one or several ranges. HEAD ignores `Range` and is not counted. The strong
-`ETag` and the `Repr-Digest` come from the package's SHA-256, so a resume never joins two versions. Preconditions
-are evaluated in the order of RFC 9110, section 13.2.2.
+overrides a token. `Range` requests one or several ranges. HEAD ignores `Range` and is not counted. The
+strong `ETag` and the `Repr-Digest` come from the package's SHA-256, so a resume never joins two versions.
+Preconditions are evaluated in the order of RFC 9110, section 13.2.2.
 
-No download starts after the package's expiry (`Sunset`). An unfinished one may be resumed for the grace time. If
-a body cannot be finished, the connection is aborted.""",
+No download starts after the package's expiry (`Sunset`). An unfinished one may be resumed for the grace
+time. If a body cannot be finished, the connection is aborted.""",
     {
         200: Answer("The whole package", {"application/gzip": _BINARY}, _PACKAGE_HEADERS),
         206: Answer(
@@ -249,8 +249,9 @@ MAKE_LINK = Operation(
     "Download",
     "Make a download link",
     """\
-Makes a URL that downloads the package as the caller, without a token. It starts downloads for an hour and resumes
-them for a day (`[links]`), as long as the caller may download. Anybody with the URL can download the package.""",
+Makes a URL that downloads the package as the caller, without a token. It starts downloads for an hour and
+resumes them for a day (`[links]`), as long as the caller may download. Anybody with the URL can download
+the package.""",
     {201: _json("The link, which is shown only once", Link)},
     (*_OF_A_PACKAGE, QuotaExceeded),
     (_JOB_ID, *_COMMON),
@@ -261,7 +262,8 @@ REVOKE_LINKS = Operation(
     "Download",
     "Revoke the download links to a package",
     """\
-The package's creator and admins revoke all links, other users those that they made. Running downloads continue.""",
+The package's creator and admins revoke all links, other users those that they made. Running downloads
+continue.""",
     {204: Answer("The links are revoked", headers=("Cache-Control",))},
     _OF_A_JOB,
     (_JOB_ID, *_COMMON),
@@ -312,9 +314,10 @@ JOB_EVENTS = Operation(
     "Jobs",
     "Follow an export job",
     """\
-Server-sent events: a `job` event with the whole state, now and at each change. Its data is a `JobState` (see the
-schemas), its id a digest of the data: a client that reconnects with `Last-Event-ID` does not get the same state
-again. The stream ends when the token expires, when the job is deleted, and when the daemon stops.""",
+Server-sent events: a `job` event with the whole state, now and at each change. Its data is a `JobState`
+(see the schemas), its id a digest of the data: a client that reconnects with `Last-Event-ID` does not get
+the same state again. The stream ends when the token expires, when the job is deleted, and when the daemon
+stops.""",
     {
         200: Answer(
             "The events, until the client disconnects",
