@@ -4,6 +4,7 @@
 # make cover      both, with branch coverage
 # make lint       formatting, lint, types, import layers
 # make fmt        format the code
+# make lock       write requirements.lock from what is installed
 # make serve      run the daemon; ARGS go to exportd serve
 # make screenshots  the README's pictures of the page (needs chromium)
 # make bench      exportd beside its peers; ARGS=--quick, ARGS=soak
@@ -18,13 +19,14 @@ PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 MAKEFLAGS += --no-print-directory
 # The tests start exportd hundreds of times: its modules are compiled once.
 export PYTHONDONTWRITEBYTECODE :=
-# The stamps of an installation. They name the content of pyproject.toml, so that a change of branch and back
-# installs nothing.
-CONTENT := $(shell cksum < pyproject.toml | cut -d ' ' -f 1)
+# The stamps of an installation. They name the content of pyproject.toml and of the lock, so that a change of branch
+# and back installs nothing.
+CONTENT := $(shell cat pyproject.toml requirements.lock | cksum | cut -d ' ' -f 1)
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock
 INSTALLED := $(VENV)/installed-$(CONTENT)
 INSTALLED_DEV := $(VENV)/installed-dev-$(CONTENT)
 
-.PHONY: demo serve test test-slow cover lint fmt screenshots bench clean
+.PHONY: demo serve test test-slow cover lint fmt lock screenshots bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/exportd demo
@@ -52,6 +54,10 @@ fmt: $(INSTALLED_DEV)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+lock: $(INSTALLED_DEV)
+	( echo "# Versions for development and CI, written by make lock."; \
+	  $(BIN)/python -m pip freeze --exclude-editable --disable-pip-version-check ) > requirements.lock
+
 screenshots: $(INSTALLED_DEV)
 	$(BIN)/python -m pytest -q tests/page/screenshots.py
 
@@ -64,11 +70,11 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(INSTALLED): | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	$(PIP) --editable .
 	@touch $@
 
 $(INSTALLED_DEV): | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(PIP) --editable '.[dev]'
 	@touch $(INSTALLED) $@
 
 clean:

@@ -21,7 +21,7 @@ from exportd.db.jobs import CompletedJob, JobFinder, record_completed_job
 from exportd.db.migrate import migrate_up
 from exportd.db.pool import Database, DatabaseUnavailable, open_database
 from exportd.db.statistics import find_statistics
-from exportd.domain.delivery import DownloadEvent
+from exportd.domain.delivery import DownloadEvent, Outcome
 from exportd.domain.sizes import LOWER_BOUNDS
 from tests.db.test_pool import OPTIONS
 from tests.support.postgres import query
@@ -223,7 +223,7 @@ async def test_a_whole_delivery_clears_what_was_in_progress(database: Database) 
 
 async def test_an_aborted_delivery_is_progress_as_far_as_it_went(database: Database) -> None:
     job_id, _ = await completed_job(database)
-    aborted = event(job_id, outcome="aborted", received=((0, 400),), bytes_sent=400)
+    aborted = event(job_id, outcome=Outcome.ABORTED, received=((0, 400),), bytes_sent=400)
     await record_downloads(database, [aborted])
     await record_downloads(database, [part(job_id, 400, 1000)])
     assert await count(database, job_id) == 1
@@ -244,7 +244,7 @@ async def test_a_delivery_of_which_nothing_can_be_trusted_is_no_progress(
     database: Database, dsn: str
 ) -> None:
     job_id, _ = await completed_job(database)
-    await record_downloads(database, [event(job_id, outcome="changed", received=(), bytes_sent=400)])
+    await record_downloads(database, [event(job_id, outcome=Outcome.CHANGED, received=(), bytes_sent=400)])
     assert await count(database, job_id) == 0
     assert query(dsn, "SELECT count(*) FROM download_progress") == [(0,)]
 
@@ -352,7 +352,7 @@ async def test_parts_of_one_answer_that_cover_the_package_count(database: Databa
 async def test_a_checkpoint_neither_counts_nor_outlives_the_end(database: Database, dsn: str) -> None:
     job_id, _ = await completed_job(database)
     whole = event(job_id)
-    running = replace(whole, outcome="running", received=((0, 400),), bytes_acknowledged=400)
+    running = replace(whole, outcome=Outcome.RUNNING, received=((0, 400),), bytes_acknowledged=400)
     await checkpoint_downloads(database, [running])
     await checkpoint_downloads(database, [replace(running, received=((0, 500),))])
     assert query(dsn, "SELECT outcome, received::text FROM download_events") == [("running", "{[0,500)}")]
@@ -375,7 +375,7 @@ def lost(job_id: uuid.UUID, start: int, acknowledged: int, stop: int, **changes:
     """A delivery whose daemon was killed when it had checkpointed ``acknowledged``."""
     return event(
         job_id,
-        outcome="lost",
+        outcome=Outcome.LOST,
         requested=((start, stop),),
         received=((start, acknowledged),),
         bytes_sent=acknowledged - start,
@@ -436,7 +436,7 @@ async def test_a_resume_after_an_abort_tells_how_much_of_what_was_sent_had_arriv
 ) -> None:
     job_id, _ = await completed_job(database)
     await record_downloads(
-        database, [event(job_id, outcome="aborted", received=((0, 400),), bytes_sent=sent)]
+        database, [event(job_id, outcome=Outcome.ABORTED, received=((0, 400),), bytes_sent=sent)]
     )
     await record_downloads(database, [part(job_id, resumed_at, 1000)])
     assert await count(database, job_id) == counted
@@ -449,7 +449,7 @@ async def test_a_segment_that_takes_over_from_a_connection_tells_it_too(
     """As aria2 does it: a second connection begins in the middle, where the first is then closed."""
     job_id, _ = await completed_job(database)
     began = datetime.now(UTC)
-    first = event(job_id, started_at=began, outcome="aborted", received=((0, 480),), bytes_sent=600)
+    first = event(job_id, started_at=began, outcome=Outcome.ABORTED, received=((0, 480),), bytes_sent=600)
     second = part(job_id, 500, 1000, started_at=began + timedelta(seconds=1))
     for number in order:
         await record_downloads(database, [[first, second][number]])
@@ -478,10 +478,10 @@ async def test_a_daemon_that_is_killed_again_and_again_counts_once(database: Dat
 async def test_one_taken_for_lost_that_ends_after_all_is_counted_once(database: Database, dsn: str) -> None:
     job_id, _ = await completed_job(database)
     whole = event(job_id)
-    await record_downloads(database, [replace(whole, outcome="lost", received=((0, 400),))])
+    await record_downloads(database, [replace(whole, outcome=Outcome.LOST, received=((0, 400),))])
     for _ in range(2):
         await record_downloads(database, [whole])
-    await record_downloads(database, [replace(whole, outcome="lost", received=((0, 400),))])
+    await record_downloads(database, [replace(whole, outcome=Outcome.LOST, received=((0, 400),))])
     assert await count(database, job_id) == 1
     assert query(dsn, "SELECT outcome FROM download_events") == [("completed",)]
     assert query(dsn, "SELECT isempty(received) FROM download_progress") == [(True,)]
@@ -493,7 +493,7 @@ async def test_what_a_killed_process_left_running_is_recorded_at_the_next_start(
     job_id, _ = await completed_job(database)
     dead = Spool.create(tmp_path / "ledger", uuid.uuid4())
     running = event(
-        job_id, outcome="running", received=((0, 400),), bytes_acknowledged=400, daemon_id=dead.owner
+        job_id, outcome=Outcome.RUNNING, received=((0, 400),), bytes_acknowledged=400, daemon_id=dead.owner
     )
     await checkpoint_downloads(database, [running])
     spooled = event(job_id, daemon_id=dead.owner, user_id="root")
@@ -599,7 +599,7 @@ async def test_a_long_delivery_is_written_while_it_runs(
     def snapshot() -> DownloadEvent:
         return replace(running, received=((0, stop),))
 
-    running = event(job_id, outcome="running", daemon_id=ledger.daemon_id)
+    running = event(job_id, outcome=Outcome.RUNNING, daemon_id=ledger.daemon_id)
     seen = []
     with ledger.checkpoints(snapshot):
         async with asyncio.timeout(30):

@@ -17,6 +17,7 @@ from exportd.counting.ledger import DownloadLedger, open_ledger
 from exportd.counting.record import checkpoint_downloads
 from exportd.counting.spool import Spool
 from exportd.db.pool import Database
+from exportd.domain.delivery import Outcome
 from tests.counting.test_ledger import completed_job, count, event, lost, part
 from tests.support.postgres import query
 
@@ -82,7 +83,7 @@ async def test_a_job_settles_with_the_end_of_what_its_client_has_whole(ledger: D
     def snapshot() -> object:
         nonlocal described
         described += 1
-        return event(job_id, outcome="running")
+        return event(job_id, outcome=Outcome.RUNNING)
 
     with ledger.checkpoints(snapshot, lambda: 999):  # type: ignore[arg-type]
         async with asyncio.timeout(30):
@@ -102,7 +103,7 @@ async def test_others_deliveries_are_not_looked_at(ledger: DownloadLedger) -> No
     def asked() -> int:
         raise AssertionError
 
-    with ledger.checkpoints(lambda: event(uuid.uuid4(), outcome="running"), asked):
+    with ledger.checkpoints(lambda: event(uuid.uuid4(), outcome=Outcome.RUNNING), asked):
         await ledger.settle(uuid.uuid4())
         assert ledger.running([uuid.uuid4()]) == []
 
@@ -144,7 +145,7 @@ async def test_a_start_does_not_wait_for_what_cannot_be_finished_and_finishes_it
     other, _ = await completed_job(database)
     dead = Spool.create(tmp_path / "ledger", uuid.uuid4())
     await dead.append([event(job_id, daemon_id=dead.owner), event(other, daemon_id=dead.owner)])
-    running = event(other, outcome="running", received=((0, 400),), daemon_id=dead.owner, user_id="bob")
+    running = event(other, outcome=Outcome.RUNNING, received=((0, 400),), daemon_id=dead.owner, user_id="bob")
     await dead.append([running])
     fcntl.flock(dead._descriptor, fcntl.LOCK_UN)
     with locked(dsn, job_id):
@@ -171,7 +172,7 @@ async def test_hundreds_of_lost_deliveries_are_recorded_by_few_statements(
     job_id, _ = await completed_job(database)
     dead = Spool.create(tmp_path / "ledger", uuid.uuid4())
     left = [lost(job_id, number, number + 1, 1000, daemon_id=dead.owner) for number in range(400)]
-    await dead.append([replace(event, outcome="running") for event in left])
+    await dead.append([replace(event, outcome=Outcome.RUNNING) for event in left])
     fcntl.flock(dead._descriptor, fcntl.LOCK_UN)
     ledger = await open_ledger(database, tmp_path / "ledger")
     assert query(dsn, "SELECT count(*), count(DISTINCT xmin::text) FROM download_events") == [(400, 8)]
@@ -283,7 +284,7 @@ async def test_what_comes_later_waits_behind_what_the_dead_have_left(
         # It was written down while it ran; then its end could not be.
         whole = event(job_id, daemon_id=dead.owner)
         await checkpoint_downloads(
-            database, [replace(whole, outcome="running", received=((0, 400),), bytes_sent=400)]
+            database, [replace(whole, outcome=Outcome.RUNNING, received=((0, 400),), bytes_sent=400)]
         )
         await dead.append([whole])
         later = [part(job_id, 400, 1000)]

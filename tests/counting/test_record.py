@@ -13,7 +13,7 @@ from psycopg2.extras import register_uuid
 from exportd.counting import record as downloads
 from exportd.counting.record import checkpoint_downloads, one_statement, record_downloads
 from exportd.db.pool import Database
-from exportd.domain.delivery import DownloadEvent
+from exportd.domain.delivery import DownloadEvent, Outcome
 from tests.counting.test_ledger import completed_job, count, event, lost, part
 from tests.support.postgres import query
 
@@ -49,7 +49,7 @@ def deliveries(random: Random, job_id: uuid.UUID) -> list[DownloadEvent]:
             event(
                 job_id,
                 user_id=random.choice(["ann", "ann", "bob"]),
-                outcome="completed" if outcome == "whole" else outcome,
+                outcome=Outcome.COMPLETED if outcome == "whole" else outcome,
                 started_at=LONG_AGO + timedelta(seconds=random.randint(0, 50) * 10),
                 requested=((begins, ends),),
                 received=((begins, acknowledged),) if acknowledged > begins else (),
@@ -63,7 +63,7 @@ def deliveries(random: Random, job_id: uuid.UUID) -> list[DownloadEvent]:
 async def write(database: Database, dsn: str, groups: list[list[DownloadEvent]]) -> list[tuple[Any, ...]]:
     """The count, and what each has in the end."""
     lost = [event for group in groups for event in group if event.outcome == "lost"]
-    await checkpoint_downloads(database, [replace(event, outcome="running") for event in lost])
+    await checkpoint_downloads(database, [replace(event, outcome=Outcome.RUNNING) for event in lost])
     query(
         dsn, "UPDATE download_events SET updated_at = started_at + interval '15 s' WHERE outcome = 'running'"
     )
@@ -114,7 +114,7 @@ async def test_what_broke_off_and_its_resume_may_be_recorded_together(
 
 async def test_a_resume_counts_from_its_own_turn_on(database: Database, dsn: str) -> None:
     job_id, _ = await completed_job(database)
-    broken = event(job_id, outcome="aborted", started_at=LONG_AGO, received=((0, 400),), bytes_sent=700)
+    broken = event(job_id, outcome=Outcome.ABORTED, started_at=LONG_AGO, received=((0, 400),), bytes_sent=700)
     earlier = part(job_id, 600, 1000, started_at=LONG_AGO - timedelta(seconds=1))
     resume = part(job_id, 600, 700, started_at=LONG_AGO + timedelta(seconds=1))
     assert await write(database, dsn, [[broken, earlier, resume]]) == [(1,), ("ann", "{}")]
@@ -122,7 +122,7 @@ async def test_a_resume_counts_from_its_own_turn_on(database: Database, dsn: str
 
 async def test_hundreds_of_one_principals_broken_connections_are_a_few_statements() -> None:
     job_id = uuid.uuid4()
-    dropped = [part(job_id, number, number + 1, outcome="aborted") for number in range(600)]
+    dropped = [part(job_id, number, number + 1, outcome=Outcome.ABORTED) for number in range(600)]
     assert [len(group) for group in groups(dropped)] == [50] * 12
     others = [part(uuid.uuid4(), 0, 1) for _ in range(300)]
     assert [len(group) for group in groups([*dropped, *others])] == [350, *[50] * 11]
@@ -191,7 +191,7 @@ async def test_a_record_looks_at_few_rows_whatever_the_principal_did_before(
     assert rows_read(dsn, [resuming]) <= 64
     broken = event(
         history,
-        outcome="aborted",
+        outcome=Outcome.ABORTED,
         started_at=LONG_AGO,
         received=((0, 500),),
         bytes_sent=30_000,
@@ -239,7 +239,7 @@ async def test_a_resume_among_very_many_is_compared_with_the_last_that_broke_off
     later = [
         event(
             job_id,
-            outcome="aborted",
+            outcome=Outcome.ABORTED,
             started_at=now - timedelta(seconds=80) + timedelta(milliseconds=number),
             received=((0, 1),),
             bytes_sent=2,
@@ -266,7 +266,7 @@ async def test_what_broke_off_and_is_recorded_after_its_resume_is_explained_by_i
         bytes_sent=700,
         daemon_id=uuid.uuid4(),
     )
-    await checkpoint_downloads(database, [replace(broken, outcome="running")])
+    await checkpoint_downloads(database, [replace(broken, outcome=Outcome.RUNNING)])
     query(dsn, "UPDATE download_events SET updated_at = started_at + interval '1 s'")
     await record_downloads(database, [part(job_id, 600, 1000, started_at=began + timedelta(seconds=2))])
     assert await count(database, job_id) == 0
@@ -310,7 +310,9 @@ async def test_a_lost_delivery_that_ends_whole_after_all_counts_and_serves_once(
 ) -> None:
     job_id, _ = await completed_job(database)
     end = event(job_id, started_at=LONG_AGO)
-    await record_downloads(database, [replace(end, outcome="lost", received=((0, 400),), bytes_sent=400)])
+    await record_downloads(
+        database, [replace(end, outcome=Outcome.LOST, received=((0, 400),), bytes_sent=400)]
+    )
     others = (
         [] if is_alone else [event(job_id), event(job_id, user_id="bob"), part(job_id, 0, 1, user_id="eve")]
     )
@@ -325,8 +327,10 @@ async def test_a_lost_delivery_that_was_resumed_and_ends_after_all_joins_what_ca
     database: Database, dsn: str
 ) -> None:
     job_id, _ = await completed_job(database)
-    end = event(job_id, started_at=LONG_AGO, outcome="aborted", received=((0, 450),), bytes_sent=450)
-    await record_downloads(database, [replace(end, outcome="lost", received=((0, 400),), bytes_sent=400)])
+    end = event(job_id, started_at=LONG_AGO, outcome=Outcome.ABORTED, received=((0, 450),), bytes_sent=450)
+    await record_downloads(
+        database, [replace(end, outcome=Outcome.LOST, received=((0, 400),), bytes_sent=400)]
+    )
     await record_downloads(database, [part(job_id, 400, 1000, started_at=LONG_AGO + timedelta(seconds=10))])
     assert await count(database, job_id) == 1
     await record_downloads(database, [end])
@@ -340,7 +344,9 @@ async def test_a_lost_delivery_that_was_resumed_and_ends_whole_after_all_is_no_s
 ) -> None:
     job_id, _ = await completed_job(database)
     end = event(job_id, started_at=LONG_AGO)
-    await record_downloads(database, [replace(end, outcome="lost", received=((0, 400),), bytes_sent=400)])
+    await record_downloads(
+        database, [replace(end, outcome=Outcome.LOST, received=((0, 400),), bytes_sent=400)]
+    )
     await record_downloads(database, [part(job_id, 400, 1000, started_at=LONG_AGO + timedelta(seconds=10))])
     await record_downloads(database, [end])
     # With the next one's first bytes, it is: all of both has come.
@@ -355,8 +361,10 @@ async def test_what_a_lost_delivery_was_no_longer_explains_a_resume_when_it_has_
     database: Database, dsn: str, order: list[int], expected: str, is_together: bool
 ) -> None:
     job_id, _ = await completed_job(database)
-    end = event(job_id, started_at=LONG_AGO, outcome="aborted", received=((0, 450),), bytes_sent=500)
-    await record_downloads(database, [replace(end, outcome="lost", received=((0, 400),), bytes_sent=400)])
+    end = event(job_id, started_at=LONG_AGO, outcome=Outcome.ABORTED, received=((0, 450),), bytes_sent=500)
+    await record_downloads(
+        database, [replace(end, outcome=Outcome.LOST, received=((0, 400),), bytes_sent=400)]
+    )
     query(dsn, "UPDATE download_events SET updated_at = started_at + interval '1 s'")
     resume = part(job_id, 700, 999, started_at=LONG_AGO + timedelta(seconds=10))
     both = [[end, resume][number] for number in order]
@@ -370,7 +378,7 @@ async def test_a_delivery_of_an_empty_package_that_was_taken_for_lost_counts_whe
 ) -> None:
     job_id, _ = await completed_job(database)
     end = event(job_id, package_size_bytes=0, requested=((0, 0),), received=(), bytes_sent=0)
-    await record_downloads(database, [replace(end, outcome="lost")])
+    await record_downloads(database, [replace(end, outcome=Outcome.LOST)])
     await record_downloads(database, [end])
     assert await count(database, job_id) == 1
 
@@ -484,5 +492,5 @@ async def test_a_delivery_that_failed_after_bytes_were_sent_may_be_resumed_like_
 ) -> None:
     job_id, _ = await completed_job(database)
     resume = part(job_id, 600, 1000, started_at=after(10))
-    await record(database, [broken_off(job_id, 0, outcome="failed"), resume], is_together)
+    await record(database, [broken_off(job_id, 0, outcome=Outcome.FAILED), resume], is_together)
     assert await count(database, job_id) == 1

@@ -12,7 +12,7 @@ import pytest
 import structlog
 
 from exportd.counting.spool import Spool
-from exportd.domain.delivery import DownloadEvent
+from exportd.domain.delivery import DownloadEvent, Outcome
 from tests.counting.test_ledger import event
 
 JOB = uuid.uuid4()
@@ -181,7 +181,12 @@ def test_the_folder_is_its_owners_alone(spool: Spool, tmp_path: Path) -> None:
 
 async def test_an_event_is_the_same_after_a_round_trip(spool: Spool) -> None:
     given = replace(
-        event(JOB), requested=((0, 5), (7, 12)), received=(), outcome="aborted", reason=None, method=None
+        event(JOB),
+        requested=((0, 5), (7, 12)),
+        received=(),
+        outcome=Outcome.ABORTED,
+        reason=None,
+        method=None,
     )
     await spool.append([given])
     assert list(spool.read()) == [given]

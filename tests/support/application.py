@@ -50,7 +50,7 @@ class Jobs:
         self.dsn = dsn
         self.storage = storage
 
-    def add(self, content: bytes = b"a package", **columns: object) -> Package:
+    def add(self, content: bytes = b"a package", /, **columns: object) -> Package:
         """A completed job of ann's that expires in a month; ``columns`` replace what its row says."""
         job_id = str(uuid.uuid4())
         file = self.storage / f"{job_id}.tar.gz"

@@ -154,7 +154,7 @@ class Exportd:
         published: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         return published
 
-    def serve(self, *options: object, under: tuple[object, ...] = (), **environ: str) -> Daemon:
+    def serve(self, *options: object, under: Any = (), **environ: str) -> Daemon:
         """Starts a daemon, ``under`` another command if asked; it is killed at the end of the test."""
         output = self.folder / f"daemon-{len(self._daemons)}.log"
         with output.open("w") as stdout:
