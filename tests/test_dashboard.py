@@ -123,7 +123,7 @@ def test_the_page_explains_every_reason() -> None:
 def test_the_page_explains_every_alert_once() -> None:
     alerts = re.findall(r"- alert: (\w+)", ALERTS.read_text())
     section = OPERATIONS.split("\n## Alerts\n")[1].split("\n## ")[0]
-    pages, tickets = section.split("Those that can wait")
+    pages, tickets = section.split("These alerts can wait")
     severities = dict(re.findall(r"- alert: (\w+).*?severity: (\w+)", ALERTS.read_text(), re.DOTALL))
     assert sorted(re.findall(r"^\*\*(\w+)\*\*", section, re.MULTILINE)) == sorted(alerts)
     assert set(re.findall(r"^\*\*(\w+)\*\*", pages, re.MULTILINE)) == {
