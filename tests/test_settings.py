@@ -148,4 +148,4 @@ def test_variables_of_a_kubernetes_service_of_our_name_are_ignored() -> None:
 def test_settings_cannot_be_changed() -> None:
     settings = load_settings(NOTHING, {})
     with pytest.raises(ValueError, match="frozen"):
-        settings.server.port = 1  # type: ignore[misc]
+        settings.server.port = 1

@@ -97,7 +97,7 @@ def test_memory_does_not_grow_with_the_number_of_files(tmp_path: Path, storage: 
 
     def counting(archive: tarfile.TarFile, *arguments: object) -> None:
         real(archive, *arguments)  # type: ignore[arg-type]
-        kept.append(len(archive.members) + len(archive.inodes))  # type: ignore[attr-defined]
+        kept.append(len(archive.members) + len(archive.inodes))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tarfile.TarFile, "addfile", counting)

@@ -44,7 +44,7 @@ NOT_TOKENS = {
     "not ASCII": "é",
     "signed with another secret": signed({"userId": "ann"}, "x" * 64),
     "signed with another algorithm": signed({"userId": "ann"}, algorithm="HS512"),
-    "not signed": jwt.encode({"userId": "ann", "exp": 9999999999}, None, algorithm="none"),
+    "not signed": jwt.encode({"userId": "ann", "exp": 9999999999}, "", algorithm="none"),
     "expired": signed({"userId": "ann", "exp": 1}),
     "without expiry": jwt.encode({"userId": "ann"}, SECRET, algorithm="HS256"),
     "without user": signed({}),

@@ -24,7 +24,8 @@ def insert(dsn: str, **columns: object) -> str:
 
 def expiry(dsn: str, job_id: str) -> datetime | None:
     ((found,),) = query(dsn, "SELECT package_expires_at FROM export_jobs WHERE job_id = %s", (job_id,))
-    return found
+    expires_at: datetime | None = found
+    return expires_at
 
 
 def complete(dsn: str, job_id: str, sets: str) -> None:

@@ -129,7 +129,7 @@ async def test_a_client_that_does_not_read_holds_back_the_delivery(client: Clien
 async def _exactly(connection: socket.socket, package: Package) -> bytes:
     loop = asyncio.get_running_loop()
     received = bytearray()
-    while len(body_of(received)) < len(package.content):
+    while len(body_of(bytes(received))) < len(package.content):
         received += await loop.sock_recv(connection, 1 << 20)
     return bytes(received)
 

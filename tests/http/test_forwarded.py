@@ -68,7 +68,7 @@ def test_the_notes_of_whom_nobody_trusts_are_not_even_read(name: str) -> None:
 class unread(list[str]):  # noqa: N801  # a list that notes whether it was looked at
     is_read = False
 
-    def __reversed__(self) -> Iterator[str]:  # type: ignore[override]
+    def __reversed__(self) -> Iterator[str]:
         self.is_read = True
         return super().__reversed__()
 

@@ -158,7 +158,7 @@ def test_a_download_that_is_cut_twenty_times_comes_whole(scene: Scene, client: s
     file = scene.folder / "p.tar.gz"
     address = scene.address(package, proxy.port)
     if client == "curl":
-        command = (program, "-sS", "-C", "-", "-o", file.name, "-H", AUTHORIZATION, address)
+        command: tuple[str, ...] = (program, "-sS", "-C", "-", "-o", file.name, "-H", AUTHORIZATION, address)
         statuses: tuple[int, ...] = (0, 18, 52, 56)
     else:
         command = (program, "-q", "-c", "-t", "1", "-O", file.name, "--header", AUTHORIZATION, address)

@@ -10,7 +10,7 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from email.parser import BytesParser
-from typing import Any
+from typing import Any, cast
 from urllib.parse import quote
 
 import pytest
@@ -184,6 +184,6 @@ def parts_of(headers: http.client.HTTPMessage, body: bytes) -> list[tuple[str, b
     message = BytesParser().parsebytes(f"Content-Type: {headers['Content-Type']}\r\n\r\n".encode() + body)
     assert message.is_multipart()
     return [
-        (str(part["Content-Range"]), part.get_payload(decode=True))  # type: ignore[union-attr,misc]
-        for part in message.get_payload()
+        (str(part["Content-Range"]), part.get_payload(decode=True))
+        for part in cast("list[Any]", message.get_payload())
     ]

@@ -12,6 +12,7 @@ import sys
 import threading
 import uuid
 from pathlib import Path
+from typing import Any
 
 import psycopg2
 import pytest
@@ -140,8 +141,9 @@ def test_https_delivers_in_chunks(exportd: Exportd, source: Path, tmp_path: Path
     connection.close()
     # A client that asks for nothing more must not have to, for its download to end and be counted.
     url = daemon.url + path_of(published)
-    curl = ["curl", "-sSfk", "-o", tmp_path / "out", "-H", f"Authorization: {ANN['Authorization']}"]
-    for options in ([], ["-H", "Connection: close"]):
+    curl = ["curl", "-sSfk", "-o", str(tmp_path / "out"), "-H", f"Authorization: {ANN['Authorization']}"]
+    more: list[list[str]] = [[], ["-H", "Connection: close"]]
+    for options in more:
         subprocess.run([*curl, *options, "-m", "30", url], check=True)
         assert sha256((tmp_path / "out").read_bytes()) == published["sha256"]
     assert daemon.stop() == 0
@@ -544,7 +546,8 @@ def test_stats_tell_of_one_job_and_of_all(exportd: Exportd, source: Path) -> Non
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == answer
     assert (answer["downloadCount"], answer["uniqueUsers"], answer["failures"]) == (1, 1, [])
-    (delivery,) = answer["recentEvents"]  # type: ignore[misc]
+    events: Any = answer["recentEvents"]
+    (delivery,) = events
     assert delivery["bytesAcknowledged"] == published["packageSizeBytes"]
 
     of_all = json.loads(exportd.call("stats", "--json").stdout)

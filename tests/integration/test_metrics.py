@@ -44,7 +44,8 @@ def scrape_each(daemon: Daemon) -> list[dict[str, float]]:
 
 def download_by_both(daemon: Daemon, published: dict[str, object]) -> int:
     """Downloads 1000 bytes at a time until each of two workers has served some; how many that took."""
-    count, served = 0, set()
+    count = 0
+    served: set[object] = set()
     while len(served) < 2:
         connection = http.client.HTTPConnection("127.0.0.1", daemon.port, timeout=30)
         connection.request("GET", path_of(published), headers={**ANN, "Range": "bytes=0-999"})

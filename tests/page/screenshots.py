@@ -3,6 +3,7 @@
 import re
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 from playwright.sync_api import Page, expect
 
@@ -10,8 +11,8 @@ from tests.page.conftest import Site, open_dialog, row
 from tests.support.application import noise
 
 IMAGES = Path(__file__).parent.parent.parent / "docs" / "images"
-DESKTOP = {"viewport": {"width": 900, "height": 640}}
-PHONE = {"viewport": {"width": 390, "height": 760}, "device_scale_factor": 1.5}
+DESKTOP: dict[str, Any] = {"viewport": {"width": 900, "height": 640}}
+PHONE: dict[str, Any] = {"viewport": {"width": 390, "height": 760}, "device_scale_factor": 1.5}
 SLOW = {"EXPORTD_DOWNLOAD__MAX_RATE_BYTES_PER_SECOND": "6000000"}
 
 
@@ -28,7 +29,7 @@ def add_exports(site: Site) -> None:
             },
         )  # fmt: skip
 
-    none = {"completed_at": None, "package_path": None, "package_size_bytes": None}
+    none: dict[str, Any] = {"completed_at": None, "package_path": None, "package_size_bytes": None}
     add("Photo archive", 0, status="processing", pack_percent=42, **none)
     add("Customer form", 0.1, 31_000_000)
     add("Site survey", 28, 4_100_000, download_count=1)
@@ -42,7 +43,8 @@ def picture(page: Page, name: str) -> None:
 
 def test_the_list(site: Site) -> None:
     add_exports(site)
-    for name, options in {"light": {}, "dark": {"color_scheme": "dark"}}.items():
+    looks: dict[str, dict[str, Any]] = {"light": {}, "dark": {"color_scheme": "dark"}}
+    for name, options in looks.items():
         page = site.visit(**DESKTOP, **options)
         expect(row(page, "Quarterly report")).to_be_visible()
         picture(page, name)

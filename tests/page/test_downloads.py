@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Locator, Page, expect
+from playwright.sync_api import Dialog, Locator, Page, expect
 
 from tests.page.conftest import Site, digest_of, open_dialog, row, saved_digest, token
 from tests.support.application import Package, noise
@@ -42,8 +42,8 @@ def ranges_asked(page: Page) -> list[tuple[str | None, str | None]]:
     asked: list[tuple[str | None, str | None]] = []
 
     def note(request: object) -> None:
-        if request.url.endswith("/download") and request.method == "GET":  # type: ignore[attr-defined]
-            headers = request.headers  # type: ignore[attr-defined]
+        if request.url.endswith("/download") and request.method == "GET":
+            headers = request.headers
             asked.append((headers.get("range"), headers.get("if-range")))
 
     page.on("request", note)
@@ -70,6 +70,7 @@ def test_the_browser_downloads_and_the_server_tells_of_it(site: Site) -> None:
     assert site.jobs.counts(package)[0] == 1
     # The page stayed where it was, and no link is in its address or in the log.
     assert page.url == f"{site.origin}/"
+    assert site.daemon is not None
     assert "ticket" not in site.daemon.output.read_text()
 
 
@@ -207,7 +208,12 @@ def test_leaving_the_page_amid_a_download_is_asked_about_and_costs_nothing_kept(
     dialog = begin_in_page(page)
     expect(dialog.get_by_text(re.compile(r"\d+ % "))).to_be_visible()
     asked = []
-    page.once("dialog", lambda question: (asked.append(question.type), question.accept()))
+
+    def accept(question: Dialog) -> None:
+        asked.append(question.type)
+        question.accept()
+
+    page.once("dialog", accept)
     page.reload()
     assert asked == ["beforeunload"]
     dialog = open_dialog(page)

@@ -12,6 +12,7 @@ import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import psycopg2
 import pytest
@@ -163,7 +164,7 @@ def _database(server_dsn: str, template: str) -> Iterator[str]:
         cursor.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
-def _fetch(cursor: psycopg2.extensions.cursor, statement: str) -> list[tuple]:
+def _fetch(cursor: psycopg2.extensions.cursor, statement: str) -> list[tuple[Any, ...]]:
     cursor.execute(statement)
     return cursor.fetchall()
 
@@ -184,7 +185,7 @@ class _admin:  # noqa: N801  # a context manager over one autocommit cursor
         self._connection.close()
 
 
-def query(dsn: str, statement: str, parameters: object = ()) -> list[tuple]:
+def query(dsn: str, statement: str, parameters: Any = ()) -> list[tuple[Any, ...]]:
     """Runs one statement outside exportd and returns its rows."""
     with _admin(dsn) as cursor:
         cursor.execute(statement, parameters)

@@ -1,9 +1,10 @@
 """Each request gets one answer: once a byte of it is out, a failure only ends the connection."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
 import structlog
@@ -78,7 +79,7 @@ async def test_a_handler_that_fails_after_its_headers_ends_the_connection(
 async def test_a_log_line_that_fails_costs_no_count_and_sends_no_second_answer(
     dsn: str, storage: Path, sendfile: bool
 ) -> None:
-    def render(_: object, __: str, event: dict[str, Any]) -> str:
+    def render(_: object, __: str, event: MutableMapping[str, Any]) -> str:
         raise ValueError(f"cannot render {event['event']}")
 
     jobs = Jobs(dsn, storage)
@@ -93,7 +94,7 @@ async def test_a_log_line_that_fails_costs_no_count_and_sends_no_second_answer(
             received = await converse(served.port, request.encode() * 2)
         finally:
             structlog.configure(**configuration)
-        await app[SERVICES].ledger.settle(package.job_id)
+        await app[SERVICES].ledger.settle(UUID(package.job_id))
     head, _, body = received.partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 200 ")
     assert body == package.content

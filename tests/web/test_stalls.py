@@ -113,7 +113,7 @@ async def test_a_request_waits_until_the_answer_before_it_has_left(
 
     async def handle(request: web.Request) -> web.Response:
         assert request.transport is not None
-        unsent.append(request.transport.get_write_buffer_size())  # type: ignore[attr-defined]
+        unsent.append(request.transport.get_write_buffer_size())
         return web.Response(body=bytes(size))
 
     app.router.add_get("/answer", handle, name="answer")
