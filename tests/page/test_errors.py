@@ -177,7 +177,7 @@ def test_a_dead_link_is_a_page_in_words(site: Site) -> None:
     page = site.visit()
     expect(row(page, "Customer Form")).to_be_visible()
     page.goto(f"{site.origin}{package.url}?ticket=gone")
-    expect(page.get_by_role("main")).to_contain_text("The download link has expired, was revoked")
+    expect(page.get_by_role("main")).to_contain_text("This download link is invalid, expired or revoked")
 
 
 @pytest.mark.fresh_database
@@ -189,4 +189,4 @@ def test_what_is_not_known_is_told_with_its_request(site: Site) -> None:
     # What PostgreSQL does not know is a defect, to the daemon.
     query(site.exportd.dsn, "ALTER TABLE exportd_download_links RENAME TO elsewhere")
     dialog.get_by_role("button", name=BUTTON).click()
-    expect_toast(page, "Something went wrong on the server. (request ")
+    expect_toast(page, "Internal server error. (request ")
