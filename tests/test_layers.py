@@ -47,7 +47,7 @@ DOORS = {
     "uvloop": {"process/runner.py"},
     "gunicorn": {"process/workers.py"},
     "click": {f"cli/{name}.py" for name in ("main", "common", "serve", "publish", "admin", "demo")},
-    "pydantic": {"settings.py"},
+    "pydantic": {"settings/sections.py", "settings/loading.py"},
     "prometheus_client": {"telemetry/metrics.py"},
     "marshmallow": {"web/openapi/schemas.py"},
 }

@@ -1,31 +1,34 @@
-"""Deliveries in SQL: each is one event, and a download is counted when one principal has received every byte
-of the package, in one delivery or in several that together cover it.
+"""Records deliveries and counts downloads, in SQL.
 
-The rule, event by event and principal by principal: what was received (acknowledged by the client's side)
-joins the principal's progress; when that covers the package, the count goes up by one and the progress is
-cleared. Events that are written together are counted one after the other, in one statement. Everything is
-idempotent by the event's id.
+Each delivery is one event. A download is counted when one principal has received every byte of the package,
+in one delivery or in several.
 
-A delivery that runs is an event too, ``running``; it joins no progress, because it is not known where it will
-end. When its daemon is killed it is recorded as ``lost``, with what was acknowledged by the last checkpoint.
-Where that daemon was only cut off, the delivery's own end is recorded after all: what it received and sent
-since joins then.
+The rule, for each event and its principal: the received bytes (those that the client's kernel acknowledged)
+join the principal's progress. When the progress covers the package, the count goes up by one and the progress
+is cleared. Events of one batch are counted one after the other, in one statement. Everything is idempotent by
+the event's id.
 
-A client may have more than was acknowledged when its delivery broke off: acknowledgements were on their way,
-or the daemon was killed. It says how much when it goes on: where the same principal asks for a range that
-begins behind what was acknowledged and not beyond what was sent (after a kill: what was asked for), it has
-what lies between, from the nearest such delivery on, unless it has the byte before that start anyway.
+A running delivery is an event with outcome ``running``. It joins no progress, because its end is unknown. If
+its daemon is killed, it is recorded as ``lost``, with the acknowledged bytes of its last checkpoint. If the
+daemon was only cut off, the delivery's own end is recorded later, and the bytes since the checkpoint join
+then.
 
-Once the package was whole, a delivery or resume that ended before tells nothing any more. When that was is
-told by the same clock as when they ended, their daemon's: the end of the delivery that made it whole, however
-late it is recorded, or of a lost one, its record.
+A client may have more than it acknowledged when its delivery broke off: acknowledgements were on their way,
+or the daemon was killed. A resume shows how much. If the same principal requests a range that begins after
+the acknowledged bytes, and not after the sent ones (after a kill: the requested ones), the client has the
+bytes in between. They are those from the nearest such delivery on, unless the principal has the byte before
+that start anyway.
 
-What an event costs does not grow with the history. A resume is compared with the last 64 deliveries that
-broke off and began before it, and one that broke off with the last 64 that resumed after it; of a principal's
+After a package was completed, earlier deliveries and resumes show nothing more. The time of completion is the
+end of the delivery that completed the package, by its daemon's clock, like the ends it is compared with; for
+a lost delivery it is the time of its record.
+
+The cost of an event does not grow with the history. A resume is compared with the last 64 deliveries that
+broke off before it, and a delivery that broke off with the last 64 resumes after it. Of a principal's
 progress the 500 largest pieces are kept.
 
-A delivery that ended because the package was written to (outcome ``changed``) marks the job as suspect: no
-download of it starts again until somebody has looked at it.
+A delivery that ended because the package was written to (outcome ``changed``) marks the job as suspect. No
+download of it starts until it is verified.
 """
 
 import re
@@ -36,13 +39,13 @@ from uuid import UUID
 from exportd.db.pool import Database, Session
 from exportd.domain.delivery import DownloadEvent, Method, Outcome
 
-# A statement of its own, sent together with the next and so in one transaction: that one then sees what was
-# committed while this one waited. In one order, so that two daemons never wait for each other.
+# A statement of its own, sent together with the next one and so in one transaction: the next one then sees
+# rows that were committed while this one waited. The order prevents deadlocks between daemons.
 _LOCK_JOBS = """
 SELECT FROM export_jobs WHERE job_id = ANY (%(job_id)s::uuid[]) ORDER BY job_id FOR NO KEY UPDATE;
 """
 
-# Idempotent by event_id: everything after ``inserted`` sees only the events that this statement inserted.
+# Idempotent by event_id: the parts after ``inserted`` see only events that this statement inserted.
 _GIVEN = """
 WITH RECURSIVE before AS (
     -- What was taken for lost, as it was then: so much has joined already. Reads see nothing that this
@@ -284,11 +287,11 @@ RETURNING job.job_id
 """
 
 RECORD_DOWNLOADS = _GIVEN + _INSERT_EVENTS + _JOIN_PROGRESS + _COUNT
-# Most often there is nothing to join, and planning it would cost more than the rest. Does nothing where one
-# was taken for lost: that one joins.
+# Mostly there is no progress to join, and planning that would cost more than the rest. Skips deliveries that
+# were taken for lost, because their bytes must join.
 RECORD_WHOLE = _GIVEN + _UNLESS_LOST_BEFORE + _INSERT_EVENTS + _JOIN_NOTHING + _COUNT
 
-# A delivery under way, as far as it is. One that has ended is left alone.
+# Writes the progress of a running delivery. Does not touch one that has ended.
 _CHECKPOINT_DOWNLOADS = """
 INSERT INTO download_events AS known (
     event_id, job_id, user_id, started_at, duration_seconds, outcome, http_status, requested, received,
@@ -320,7 +323,7 @@ SELECT event_id, job_id, user_id, started_at, duration_seconds, http_status, req
    AND (daemon_id = ANY (%s::uuid[]) OR updated_at < now() - make_interval(secs => %s))
 """
 
-# In small bites, so that nobody waits for a lock; a row that somebody writes is left for the next time.
+# In small batches, so that no statement waits for a lock. Locked rows are left for the next run.
 _PRUNE_EVENTS = """
 WITH old AS (
     SELECT event_id
@@ -337,16 +340,16 @@ SELECT count(*) FROM pruned
 _PRUNED_AT_ONCE = 5000
 
 MAX_BATCH_SIZE = 500
-# What one principal's partial deliveries may have of it: each is compared with each.
+# Of one principal's partial deliveries, because each is compared with each.
 _MAX_SHARE = 50
 
 
 def one_statement() -> Callable[[DownloadEvent], bool]:
-    """Judges which events one statement may take, so that its work is bounded, and keeps each principal's
-    order."""
+    """Returns a function that says whether an event may join a statement. It bounds the statement's work and
+    keeps each principal's order."""
     taken: set[UUID] = set()
     partial: Counter[tuple[UUID, str]] = Counter()
-    # Whoever has an event that must wait: what comes later must not overtake it.
+    # Principals with a waiting event, which later events must not overtake.
     behind: set[tuple[UUID, str]] = set()
 
     def may_join(event: DownloadEvent) -> bool:
@@ -363,7 +366,8 @@ def one_statement() -> Callable[[DownloadEvent], bool]:
 
 
 async def record_downloads(database: Database, events: Sequence[DownloadEvent]) -> None:
-    """Writes events that have ended and counts them, one after the other, in one transaction. No id twice.
+    """Records finished deliveries and counts them, one after the other, in one transaction. Each id occurs
+    once.
 
     Idempotent by ``event_id``. Raises DatabaseError.
     """
@@ -374,12 +378,12 @@ async def record_downloads(database: Database, events: Sequence[DownloadEvent]) 
         if all(columns["is_whole"]):
             is_done = bool(await database.fetch_all(_LOCK_JOBS + RECORD_WHOLE, columns))
         if not is_done:
-            # Also where all of them were written before, which costs a statement and changes nothing.
+            # If all of them were recorded before, this costs a statement and changes nothing.
             await database.fetch_all(_LOCK_JOBS + RECORD_DOWNLOADS, columns)
 
 
 async def checkpoint_downloads(database: Database | Session, events: Sequence[DownloadEvent]) -> None:
-    """Writes how far deliveries are that run; one that has ended stays as it ended.
+    """Writes checkpoints of running deliveries. Does not touch those that have ended.
 
     Raises DatabaseUnavailable.
     """
@@ -391,9 +395,10 @@ async def checkpoint_downloads(database: Database | Session, events: Sequence[Do
 async def find_lost(
     database: Database, ended: Sequence[UUID], lost_after_seconds: float
 ) -> list[DownloadEvent]:
-    """The deliveries that the daemons ``ended`` left running, and those that nobody has touched for long.
+    """Returns the running deliveries of the daemons ``ended``, and those without a checkpoint for long, as
+    events with outcome ``lost``.
 
-    As events to record, outcome ``lost``. Raises DatabaseUnavailable.
+    Raises DatabaseUnavailable.
     """
     rows = await database.fetch_all(_FIND_RUNNING, (list(ended), lost_after_seconds))
     return [
@@ -420,9 +425,8 @@ async def find_lost(
 
 
 async def prune_events(database: Database, event_days: int) -> int:
-    """Deletes the events of deliveries that began more than so many days ago, and returns how many.
-
-    Counts and progress stay. Raises DatabaseUnavailable.
+    """Deletes events of deliveries that began more than ``event_days`` ago, and returns their number. Counts
+    and progress stay. Raises DatabaseUnavailable.
     """
     total = 0
     while True:
