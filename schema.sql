@@ -1,8 +1,8 @@
 -- The whole schema as it stands now, for PostgreSQL 14 or newer (int8multirange).
 --
--- `exportd migrate up` gets there step by step, from an empty database or from one whose application
--- already owns an export_jobs table; a test holds the two equal. Comments that begin with "exportd:" mark
--- what exportd made, so that `exportd migrate down` removes that and nothing else.
+-- `exportd migrate up` builds it step by step, in an empty database or in one with an application's own export_jobs
+-- table. A test keeps the two equal. Comments that begin with "exportd:" mark objects of exportd, so that
+-- `exportd migrate down` removes only those.
 
 CREATE TABLE export_jobs (
     job_id uuid PRIMARY KEY,
@@ -32,30 +32,30 @@ CREATE TABLE export_jobs (
 );
 
 COMMENT ON TABLE export_jobs IS 'exportd: one row for each export job';
-COMMENT ON COLUMN export_jobs.job_id IS 'exportd: the name of the job, and of its package';
-COMMENT ON COLUMN export_jobs.user_id IS 'exportd: the creator, as the token names them';
-COMMENT ON COLUMN export_jobs.status IS 'exportd: only a job whose status is completed has a package';
+COMMENT ON COLUMN export_jobs.job_id IS 'exportd: the id of the job, and the name of its package';
+COMMENT ON COLUMN export_jobs.user_id IS 'exportd: the creator''s id, as tokens have it';
+COMMENT ON COLUMN export_jobs.status IS 'exportd: only a completed job has a package';
 COMMENT ON COLUMN export_jobs.tool_data IS 'exportd: what was exported; name (or toolName) goes into the file name';
-COMMENT ON COLUMN export_jobs.created_at IS 'exportd: when the export was asked for';
-COMMENT ON COLUMN export_jobs.completed_at IS 'exportd: when the package was complete; its Last-Modified';
-COMMENT ON COLUMN export_jobs.package_path IS 'exportd: the package, relative to the storage root; null once deleted';
+COMMENT ON COLUMN export_jobs.created_at IS 'exportd: when the export was requested';
+COMMENT ON COLUMN export_jobs.completed_at IS 'exportd: when the package was completed; its Last-Modified';
+COMMENT ON COLUMN export_jobs.package_path IS 'exportd: the package''s path below the storage root; null after its deletion';
 COMMENT ON COLUMN export_jobs.package_size_bytes IS 'exportd: a package of another size is not served';
 COMMENT ON COLUMN export_jobs.package_sha256 IS 'exportd: 64 lower-case hexadecimal digits; the source of the ETag';
-COMMENT ON COLUMN export_jobs.package_retention_days IS 'exportd: how long the package is kept once completed';
-COMMENT ON COLUMN export_jobs.package_expires_at IS 'exportd: no download starts from this moment on; null: never expires';
-COMMENT ON COLUMN export_jobs.download_count IS 'exportd: how often the whole package was received';
-COMMENT ON COLUMN export_jobs.last_downloaded_at IS 'exportd: when it last was';
-COMMENT ON COLUMN export_jobs.bytes_served IS 'exportd: bytes sent in all deliveries, partial and aborted ones too';
-COMMENT ON COLUMN export_jobs.re_export_of IS 'exportd: the job this one exports again';
+COMMENT ON COLUMN export_jobs.package_retention_days IS 'exportd: days until the package expires after its completion';
+COMMENT ON COLUMN export_jobs.package_expires_at IS 'exportd: no download starts after this time; null: never expires';
+COMMENT ON COLUMN export_jobs.download_count IS 'exportd: how often the package was downloaded';
+COMMENT ON COLUMN export_jobs.last_downloaded_at IS 'exportd: when the last download was counted';
+COMMENT ON COLUMN export_jobs.bytes_served IS 'exportd: bytes sent in all deliveries, including partial and aborted ones';
+COMMENT ON COLUMN export_jobs.re_export_of IS 'exportd: the job that this one exports again';
 COMMENT ON COLUMN export_jobs.package_suspect_since IS 'exportd: the file changed after completion; it is not served until this is null again';
 COMMENT ON COLUMN export_jobs.package_deleted_at IS 'exportd: when the cleanup deleted the package';
 COMMENT ON COLUMN export_jobs.failure_reason IS 'exportd: why the job failed, in words for its user';
 COMMENT ON COLUMN export_jobs.pack_source IS 'exportd: the folder or ready .tar.gz that exportd''s packer makes the package of';
-COMMENT ON COLUMN export_jobs.pack_percent IS 'exportd: how much of it is packed';
-COMMENT ON COLUMN export_jobs.pack_attempts IS 'exportd: how often packing it was begun';
-COMMENT ON COLUMN export_jobs.pack_due_at IS 'exportd: a job that failed for now is not tried again before';
-COMMENT ON COLUMN export_jobs.packer_id IS 'exportd: the packer at work on it';
-COMMENT ON COLUMN export_jobs.packer_seen_at IS 'exportd: when that packer was last heard of';
+COMMENT ON COLUMN export_jobs.pack_percent IS 'exportd: the progress of packing';
+COMMENT ON COLUMN export_jobs.pack_attempts IS 'exportd: how often packing was started';
+COMMENT ON COLUMN export_jobs.pack_due_at IS 'exportd: the earliest time of the next attempt';
+COMMENT ON COLUMN export_jobs.packer_id IS 'exportd: the packer that holds the job';
+COMMENT ON COLUMN export_jobs.packer_seen_at IS 'exportd: the last heartbeat of that packer';
 
 CREATE INDEX exportd_jobs_by_user ON export_jobs (user_id, created_at, job_id);
 
@@ -73,7 +73,7 @@ CREATE INDEX exportd_jobs_to_pack ON export_jobs (created_at, job_id)
 
 CREATE INDEX exportd_jobs_re_exports ON export_jobs (re_export_of) WHERE re_export_of IS NOT NULL;
 
--- Whoever completes a job, its package gets an expiry. UTC, because the table may hold times without a zone.
+-- Sets the expiry when a job is completed. UTC, because the table may hold times without a zone.
 CREATE FUNCTION exportd_set_package_expiry() RETURNS trigger
     LANGUAGE plpgsql
     SET timezone = 'UTC'
@@ -88,12 +88,12 @@ END
 $$;
 
 COMMENT ON FUNCTION exportd_set_package_expiry()
-    IS 'exportd: package_expires_at = completed_at + package_retention_days; of a job that keeps its package for ever, those days are null';
+    IS 'exportd: package_expires_at = completed_at + package_retention_days; null days: never';
 
 CREATE TRIGGER exportd_expiry_of_new_jobs BEFORE INSERT ON export_jobs
     FOR EACH ROW EXECUTE FUNCTION exportd_set_package_expiry();
 
--- Only at the moment of completion: a package that was there before keeps the expiry it has, or has not.
+-- Only at completion: an existing package keeps its expiry, or has none.
 CREATE TRIGGER exportd_expiry_at_completion BEFORE UPDATE OF status, package_path ON export_jobs
     FOR EACH ROW
     WHEN (OLD.package_path IS NULL OR OLD.status::text <> 'completed')
@@ -130,8 +130,8 @@ CREATE INDEX download_events_by_user ON download_events (user_id, started_at);
 
 CREATE INDEX download_events_by_age ON download_events (started_at);
 
--- Up to which byte the client may have got beyond what it acknowledged: what was sent or, after a kill, what was
--- asked for. Null: the delivery did not break off, or has several parts.
+-- The position up to which the client of an interrupted delivery may have received bytes: the sent ones or, after a kill,
+-- the requested ones. Null: the delivery was not interrupted, or has several parts.
 CREATE FUNCTION exportd_reach(outcome text, requested int8multirange, bytes_sent bigint) RETURNS bigint
     LANGUAGE sql IMMUTABLE
     AS $$
@@ -143,7 +143,7 @@ CREATE FUNCTION exportd_reach(outcome text, requested int8multirange, bytes_sent
 $$;
 
 COMMENT ON FUNCTION exportd_reach(text, int8multirange, bigint)
-    IS 'exportd: how far the client may have got whose delivery broke off';
+    IS 'exportd: up to where the client of an interrupted delivery may have received bytes';
 
 CREATE INDEX download_events_broken_off ON download_events (job_id, user_id, started_at)
     WHERE exportd_reach(outcome, requested, bytes_sent) > coalesce(upper(received), lower(requested));
@@ -151,7 +151,7 @@ CREATE INDEX download_events_broken_off ON download_events (job_id, user_id, sta
 CREATE INDEX download_events_resuming ON download_events (job_id, user_id, started_at)
     WHERE lower(requested) > 0 AND outcome <> 'running';
 
--- What each principal has of a package so far, since the last time it had the whole (completed_at).
+-- The bytes of a package that each principal has since its last complete download (completed_at).
 CREATE TABLE download_progress (
     job_id uuid NOT NULL,
     user_id text NOT NULL,
@@ -163,8 +163,8 @@ CREATE TABLE download_progress (
 
 COMMENT ON TABLE download_progress IS 'exportd: the bytes of a package that a principal has so far';
 
--- Who began to download a package and does not have the whole of it since: whose last delivery began after the
--- last one that was whole, and after the last time that several together were.
+-- Principals with an unfinished download: their last delivery is not whole, and began after their last whole delivery and
+-- after the last completion by several deliveries.
 CREATE FUNCTION exportd_unfinished_downloads(of_job uuid) RETURNS SETOF text
     LANGUAGE sql STABLE
     AS $$
@@ -180,7 +180,7 @@ CREATE FUNCTION exportd_unfinished_downloads(of_job uuid) RETURNS SETOF text
            > greatest(max(event.started_at) FILTER (WHERE event.is_whole), progress.completed_at, '-infinity')
 $$;
 
-COMMENT ON FUNCTION exportd_unfinished_downloads(uuid) IS 'exportd: whoever may resume a download of the job';
+COMMENT ON FUNCTION exportd_unfinished_downloads(uuid) IS 'exportd: the principals that may resume a download of the job';
 
 CREATE TABLE exportd_cleanup_runs (
     run_id uuid PRIMARY KEY,
@@ -193,7 +193,7 @@ CREATE TABLE exportd_cleanup_runs (
     events_pruned bigint NOT NULL
 );
 
-COMMENT ON TABLE exportd_cleanup_runs IS 'exportd: one row for each cleanup that went to its end';
+COMMENT ON TABLE exportd_cleanup_runs IS 'exportd: one row for each complete cleanup';
 
 CREATE INDEX exportd_cleanup_runs_by_time ON exportd_cleanup_runs (started_at);
 

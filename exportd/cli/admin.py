@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
 @click.command()
 @config_option
-@click.option("--user", "user_id", required=True, help="The user the token stands for.")
-@click.option("--role", help='The role it carries, such as "admin".')
-@click.option("--ttl", type=click.IntRange(1, 10 * 365 * 86400), default=3600, help="Seconds it is valid.")
+@click.option("--user", "user_id", required=True, help="The user id in the token.")
+@click.option("--role", help='The role in the token, such as "admin".')
+@click.option("--ttl", type=click.IntRange(1, 10 * 365 * 86400), default=3600, help="Its lifetime in seconds.")
 def token(config_file: Path | None, user_id: str, role: str | None, ttl: int) -> None:
     """Signs a token with the configured secret, for tests."""
     from exportd.auth.tokens import make_tokens
@@ -45,7 +45,7 @@ def token(config_file: Path | None, user_id: str, role: str | None, ttl: int) ->
 @click.command()
 @config_option
 @click.argument("job_id", type=click.UUID, required=False)
-@click.option("--json", "as_json", is_flag=True, help="One JSON object in place of a table.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object in place of a table.")
 def stats(config_file: Path | None, job_id: uuid.UUID | None, as_json: bool) -> None:
     """Prints download statistics of the job JOB_ID, or of all jobs."""
     import orjson
@@ -108,9 +108,9 @@ def _statistics_table(statistics: DownloadStatistics) -> str:
 
 @click.command()
 @config_option
-@click.option("--dry-run", is_flag=True, help="Tells what would be deleted, and deletes nothing.")
-@click.option("--orphans", is_flag=True, help="Removes files that no job points to; needs --older-than.")
-@click.option("--older-than", "days", type=click.FloatRange(min=1), help="Days nobody has touched them.")
+@click.option("--dry-run", is_flag=True, help="Report what would be deleted, without deleting it.")
+@click.option("--orphans", is_flag=True, help="Delete files that no job points to; requires --older-than.")
+@click.option("--older-than", "days", type=click.FloatRange(min=1), help="Days since their last modification.")
 def cleanup(config_file: Path | None, dry_run: bool, orphans: bool, days: float | None) -> None:
     """Deletes expired packages and old download events now, or finds files that no job points to.
 
@@ -150,7 +150,7 @@ def _camel_case(name: str) -> str:
 @click.command()
 @config_option
 @click.argument("job_id", type=click.UUID, required=False)
-@click.option("--all", "every", is_flag=True, help="Every package there is.")
+@click.option("--all", "every", is_flag=True, help="Verify every package.")
 def verify(config_file: Path | None, job_id: uuid.UUID | None, every: bool) -> None:
     """Reads the package of JOB_ID, or all packages, and compares their SHA-256 with the recorded one.
 

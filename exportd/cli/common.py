@@ -21,7 +21,7 @@ config_option = click.option(
     "--config",
     "config_file",
     type=click.Path(path_type=Path),
-    help="Configuration file. Default: $EXPORTD_CONFIG, then ./config.toml where there is one.",
+    help="Configuration file. Default: $EXPORTD_CONFIG, then ./config.toml if it exists.",
 )
 
 

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 @click.command()
 @config_option
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("--user", "user_id", required=True, help="The user the package belongs to.")
-@click.option("--tool", "tool_name", required=True, help="What was exported; goes into the file's name.")
-@click.option("--retention-days", type=click.IntRange(1, 36500), help="How long the package is kept.")
+@click.option("--user", "user_id", required=True, help="The creator of the package.")
+@click.option("--tool", "tool_name", required=True, help="The exported tool; part of the file name.")
+@click.option("--retention-days", type=click.IntRange(1, 36500), help="Days until the package expires.")
 def publish(
     config_file: Path | None, path: Path, user_id: str, tool_name: str, retention_days: int | None
 ) -> None:

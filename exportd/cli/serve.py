@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 @click.command()
 @config_option
 @click.option("--host", help="Address to listen on.")
-@click.option("--port", type=int, help="Port to listen on; 0 takes any free one.")
-@click.option("--workers", type=int, help="Processes that serve; more than one run under gunicorn.")
+@click.option("--port", type=int, help="Port to listen on; 0 uses any free one.")
+@click.option("--workers", type=int, help="Number of processes that serve.")
 def serve(config_file: Path | None, host: str | None, port: int | None, workers: int | None) -> None:
     """Runs the daemon. Logs go to stdout, one JSON object per line.
 

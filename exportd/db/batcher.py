@@ -82,7 +82,7 @@ class Batcher(Generic[Item, Answer]):
         try:
             answers = await self._run([item for item, _ in group])
             went_well = True
-        except Exception as error:  # noqa: BLE001  # whatever it is, those who wait must hear of it
+        except Exception as error:  # noqa: BLE001  # every waiting caller must get the error
             if len(group) > 1 and not isinstance(error, DatabaseUnavailable):
                 # An item that fails must not fail the others.
                 for waiting in group:

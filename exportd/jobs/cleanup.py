@@ -139,7 +139,7 @@ class Cleanup:
             log.error("cleanup_refused", reason=str(error))
         except DatabaseError as error:
             log.error("cleanup_failed", error=str(error))
-        except Exception:  # the edge of a task that nobody waits for
+        except Exception:  # the task has no caller that could handle it
             log.exception("cleanup_failed")
 
     async def _has_run_since(

@@ -113,7 +113,7 @@ def test_a_file_that_cannot_be_read_is_told(site: Site) -> None:
     package.file.write_bytes(b"another size")
     page = site.visit()
     open_dialog(page).get_by_role("button", name=BUTTON).click()
-    expect_toast(page, "The server cannot read the package. Tell whoever runs this service.")
+    expect_toast(page, "The server cannot read the package. Contact the operator of this service.")
 
 
 def test_a_package_that_was_touched_is_withheld(site: Site) -> None:

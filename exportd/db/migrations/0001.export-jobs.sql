@@ -13,9 +13,9 @@ BEGIN
             status text NOT NULL DEFAULT 'pending'
         );
         COMMENT ON TABLE export_jobs IS 'exportd: one row for each export job';
-        COMMENT ON COLUMN export_jobs.job_id IS 'exportd: the name of the job, and of its package';
-        COMMENT ON COLUMN export_jobs.user_id IS 'exportd: the creator, as the token names them';
-        COMMENT ON COLUMN export_jobs.status IS 'exportd: only a job whose status is completed has a package';
+        COMMENT ON COLUMN export_jobs.job_id IS 'exportd: the id of the job, and the name of its package';
+        COMMENT ON COLUMN export_jobs.user_id IS 'exportd: the creator''s id, as tokens have it';
+        COMMENT ON COLUMN export_jobs.status IS 'exportd: only a completed job has a package';
         RETURN;
     END IF;
 
@@ -48,9 +48,9 @@ BEGIN
     FOR wanted IN
         SELECT * FROM (VALUES
             ('tool_data', 'jsonb', 'what was exported; name (or toolName) goes into the file name'),
-            ('created_at', 'timestamptz DEFAULT now()', 'when the export was asked for'),
-            ('completed_at', 'timestamptz', 'when the package was complete; its Last-Modified'),
-            ('package_path', 'text', 'the package, relative to the storage root; null once deleted'),
+            ('created_at', 'timestamptz DEFAULT now()', 'when the export was requested'),
+            ('completed_at', 'timestamptz', 'when the package was completed; its Last-Modified'),
+            ('package_path', 'text', 'the package''s path below the storage root; null after its deletion'),
             ('package_size_bytes', 'bigint', 'a package of another size is not served'),
             ('package_sha256', 'text', '64 lower-case hexadecimal digits; the source of the ETag')
         ) AS columns(name, definition, meaning)

@@ -7,12 +7,12 @@ DECLARE
 BEGIN
     FOR wanted IN
         SELECT * FROM (VALUES
-            ('package_retention_days', 'integer DEFAULT 30', 'how long the package is kept once completed'),
-            ('package_expires_at', 'timestamptz', 'no download starts from this moment on; null: never expires'),
-            ('download_count', 'bigint DEFAULT 0', 'how often the whole package was received'),
-            ('last_downloaded_at', 'timestamptz', 'when it last was'),
-            ('bytes_served', 'bigint DEFAULT 0', 'bytes sent in all deliveries, partial and aborted ones too'),
-            ('re_export_of', 'uuid', 'the job this one exports again')
+            ('package_retention_days', 'integer DEFAULT 30', 'days until the package expires after its completion'),
+            ('package_expires_at', 'timestamptz', 'no download starts after this time; null: never expires'),
+            ('download_count', 'bigint DEFAULT 0', 'how often the package was downloaded'),
+            ('last_downloaded_at', 'timestamptz', 'when the last download was counted'),
+            ('bytes_served', 'bigint DEFAULT 0', 'bytes sent in all deliveries, including partial and aborted ones'),
+            ('re_export_of', 'uuid', 'the job that this one exports again')
         ) AS columns(name, definition, meaning)
     LOOP
         IF NOT EXISTS (

@@ -27,11 +27,11 @@ BEGIN
             ('package_deleted_at', 'timestamptz', 'when the cleanup deleted the package'),
             ('failure_reason', 'text', 'why the job failed, in words for its user'),
             ('pack_source', 'text', 'the folder or ready .tar.gz that exportd''s packer makes the package of'),
-            ('pack_percent', 'smallint', 'how much of it is packed'),
-            ('pack_attempts', 'smallint NOT NULL DEFAULT 0', 'how often packing it was begun'),
-            ('pack_due_at', 'timestamptz', 'a job that failed for now is not tried again before'),
-            ('packer_id', 'uuid', 'the packer at work on it'),
-            ('packer_seen_at', 'timestamptz', 'when that packer was last heard of')
+            ('pack_percent', 'smallint', 'the progress of packing'),
+            ('pack_attempts', 'smallint NOT NULL DEFAULT 0', 'how often packing was started'),
+            ('pack_due_at', 'timestamptz', 'the earliest time of the next attempt'),
+            ('packer_id', 'uuid', 'the packer that holds the job'),
+            ('packer_seen_at', 'timestamptz', 'the last heartbeat of that packer')
         ) AS columns(name, definition, meaning)
     LOOP
         IF NOT EXISTS (
@@ -61,7 +61,7 @@ CREATE INDEX IF NOT EXISTS exportd_jobs_to_pack ON export_jobs (created_at, job_
 
 CREATE INDEX IF NOT EXISTS exportd_jobs_re_exports ON export_jobs (re_export_of) WHERE re_export_of IS NOT NULL;
 
--- Whoever completes a job, its package gets an expiry. UTC, because the table may hold times without a zone.
+-- Sets the expiry when a job is completed. UTC, because the table may hold times without a zone.
 CREATE OR REPLACE FUNCTION exportd_set_package_expiry() RETURNS trigger
     LANGUAGE plpgsql
     SET timezone = 'UTC'
@@ -76,19 +76,19 @@ END
 $$;
 
 COMMENT ON FUNCTION exportd_set_package_expiry()
-    IS 'exportd: package_expires_at = completed_at + package_retention_days; of a job that keeps its package for ever, those days are null';
+    IS 'exportd: package_expires_at = completed_at + package_retention_days; null days: never';
 
 CREATE OR REPLACE TRIGGER exportd_expiry_of_new_jobs BEFORE INSERT ON export_jobs
     FOR EACH ROW EXECUTE FUNCTION exportd_set_package_expiry();
 
--- Only at the moment of completion: a package that was there before keeps the expiry it has, or has not.
+-- Only at completion: an existing package keeps its expiry, or has none.
 CREATE OR REPLACE TRIGGER exportd_expiry_at_completion BEFORE UPDATE OF status, package_path ON export_jobs
     FOR EACH ROW
     WHEN (OLD.package_path IS NULL OR OLD.status::text <> 'completed')
     EXECUTE FUNCTION exportd_set_package_expiry();
 
--- Who began to download a package and does not have the whole of it since: whose last delivery began after the
--- last one that was whole, and after the last time that several together were.
+-- Principals with an unfinished download: their last delivery is not whole, and began after their last whole delivery and
+-- after the last completion by several deliveries.
 CREATE OR REPLACE FUNCTION exportd_unfinished_downloads(of_job uuid) RETURNS SETOF text
     LANGUAGE sql STABLE
     AS $$
@@ -104,7 +104,7 @@ CREATE OR REPLACE FUNCTION exportd_unfinished_downloads(of_job uuid) RETURNS SET
            > greatest(max(event.started_at) FILTER (WHERE event.is_whole), progress.completed_at, '-infinity')
 $$;
 
-COMMENT ON FUNCTION exportd_unfinished_downloads(uuid) IS 'exportd: whoever may resume a download of the job';
+COMMENT ON FUNCTION exportd_unfinished_downloads(uuid) IS 'exportd: the principals that may resume a download of the job';
 
 CREATE TABLE IF NOT EXISTS exportd_cleanup_runs (
     run_id uuid PRIMARY KEY,
@@ -117,7 +117,7 @@ CREATE TABLE IF NOT EXISTS exportd_cleanup_runs (
     events_pruned bigint NOT NULL
 );
 
-COMMENT ON TABLE exportd_cleanup_runs IS 'exportd: one row for each cleanup that went to its end';
+COMMENT ON TABLE exportd_cleanup_runs IS 'exportd: one row for each complete cleanup';
 
 CREATE INDEX IF NOT EXISTS exportd_cleanup_runs_by_time ON exportd_cleanup_runs (started_at);
 
@@ -142,8 +142,8 @@ CREATE INDEX IF NOT EXISTS exportd_download_links_by_age ON exportd_download_lin
 
 CREATE INDEX IF NOT EXISTS download_events_by_user ON download_events (user_id, started_at);
 
--- Up to which byte the client may have got beyond what it acknowledged: what was sent or, after a kill, what was
--- asked for. Null: the delivery did not break off, or has several parts.
+-- The position up to which the client of an interrupted delivery may have received bytes: the sent ones or, after a kill,
+-- the requested ones. Null: the delivery was not interrupted, or has several parts.
 CREATE OR REPLACE FUNCTION exportd_reach(outcome text, requested int8multirange, bytes_sent bigint) RETURNS bigint
     LANGUAGE sql IMMUTABLE
     AS $$
@@ -155,7 +155,7 @@ CREATE OR REPLACE FUNCTION exportd_reach(outcome text, requested int8multirange,
 $$;
 
 COMMENT ON FUNCTION exportd_reach(text, int8multirange, bigint)
-    IS 'exportd: how far the client may have got whose delivery broke off';
+    IS 'exportd: up to where the client of an interrupted delivery may have received bytes';
 
 CREATE INDEX IF NOT EXISTS download_events_broken_off ON download_events (job_id, user_id, started_at)
     WHERE exportd_reach(outcome, requested, bytes_sent) > coalesce(upper(received), lower(requested));

@@ -58,10 +58,10 @@ const SENTENCES = {
     expiresAt && new Date(expiresAt) <= Date.now()
       ? `The package expired on ${formatMoment(expiresAt)}. Export it again to get a new one.`
       : "The package was deleted. Export it again to get a new one.",
-  LINK_EXPIRED: () => "The download link is no longer good. Start the download again.",
-  FILE_NOT_FOUND: () => "The package is missing on the server. Export it again, or tell whoever runs this service.",
-  STORAGE_ERROR: () => "The server cannot read the package. Tell whoever runs this service.",
-  PACKAGE_AVAILABLE: () => "The package is still there. There is no need to export it again.",
+  LINK_EXPIRED: () => "The download link is no longer valid. Start the download again.",
+  FILE_NOT_FOUND: () => "The package is missing on the server. Export it again, or contact the operator of this service.",
+  STORAGE_ERROR: () => "The server cannot read the package. Contact the operator of this service.",
+  PACKAGE_AVAILABLE: () => "The package is still available. It needs no new export.",
   EXPORT_IN_PROGRESS: () => "It is being exported again already.",
   RE_EXPORT_UNSUPPORTED: () => "Exports cannot be repeated from here. Start a new one in your application.",
   RATE_LIMITED: ({ limit, retryAfterSeconds }) =>
