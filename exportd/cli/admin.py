@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 @config_option
 @click.option("--user", "user_id", required=True, help="The user id in the token.")
 @click.option("--role", help='The role in the token, such as "admin".')
-@click.option("--ttl", type=click.IntRange(1, 10 * 365 * 86400), default=3600, help="Its lifetime in seconds.")
+@click.option(
+    "--ttl", type=click.IntRange(1, 10 * 365 * 86400), default=3600, help="Its lifetime in seconds."
+)
 def token(config_file: Path | None, user_id: str, role: str | None, ttl: int) -> None:
     """Signs a token with the configured secret, for tests."""
     from exportd.auth.tokens import make_tokens
@@ -110,7 +112,9 @@ def _statistics_table(statistics: DownloadStatistics) -> str:
 @config_option
 @click.option("--dry-run", is_flag=True, help="Report what would be deleted, without deleting it.")
 @click.option("--orphans", is_flag=True, help="Delete files that no job points to; requires --older-than.")
-@click.option("--older-than", "days", type=click.FloatRange(min=1), help="Days since their last modification.")
+@click.option(
+    "--older-than", "days", type=click.FloatRange(min=1), help="Days since their last modification."
+)
 def cleanup(config_file: Path | None, dry_run: bool, orphans: bool, days: float | None) -> None:
     """Deletes expired packages and old download events now, or finds files that no job points to.
 
