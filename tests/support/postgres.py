@@ -9,19 +9,22 @@ import subprocess
 import tempfile
 import time
 import uuid
+import zlib
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import psycopg2
 import pytest
 
+from exportd.db import migrate
 from exportd.db.embedded import embedded_server
-from exportd.db.migrate import migrate_up
 from exportd.db.pool import Database, open_database
 
-_TEMPLATE = "exportd_template"
+# A server outside exportd keeps the template for the next run, so its name tells the migrations.
+_MIGRATIONS = sorted(Path(migrate.__file__).with_name("migrations").glob("*.sql"))
+_TEMPLATE = f"exportd_template_{zlib.crc32(b''.join(path.read_bytes() for path in _MIGRATIONS)):08x}"
 
 _TERMINATE_OTHERS = """
 SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity
@@ -52,19 +55,21 @@ UNION ALL SELECT 'database', datname, datallowconn::text FROM pg_database WHERE 
 
 @pytest.fixture(scope="session")
 def server_dsn(testrun_uid: str) -> Iterator[str]:
-    """One server, shared by the workers of a parallel run.
+    """One server, shared by the workers of a parallel run: that of ``EXPORTD_TEST_DSN``, whose user must be
+    a superuser, or the embedded one.
 
     Not in pytest's temporary folder: as root, the server runs as another user, and a second pytest that
     starts takes the right to enter that folder away from it.
     """
     folder = Path(tempfile.gettempdir()) / f"exportd-tests-{testrun_uid[:8]}"
     folder.mkdir(mode=0o711, exist_ok=True)
-    with embedded_server(folder) as dsn:
+    given = os.environ.get("EXPORTD_TEST_DSN")
+    with nullcontext(given) if given else embedded_server(folder) as dsn:
         with (folder / "template.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             _make_template(dsn)
         yield dsn
-    if not (folder / "postgres" / "postmaster.pid").exists():
+    if given or not (folder / "postgres" / "postmaster.pid").exists():
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -140,11 +145,12 @@ def _make_template(dsn: str) -> None:
         cursor.execute("SELECT 1 FROM pg_database WHERE datname = %s", (_TEMPLATE,))
         if cursor.fetchone():
             return
-        # The tests' data may be lost in a crash of the machine.
-        cursor.execute("ALTER SYSTEM SET fsync = off")
-        cursor.execute("SELECT pg_reload_conf()")
+        if "EXPORTD_TEST_DSN" not in os.environ:
+            # The tests' data may be lost in a crash of the machine.
+            cursor.execute("ALTER SYSTEM SET fsync = off")
+            cursor.execute("SELECT pg_reload_conf()")
         cursor.execute(f"CREATE DATABASE {_TEMPLATE}_draft TEMPLATE template0")
-    migrate_up(database_dsn(dsn, f"{_TEMPLATE}_draft"))
+    migrate.migrate_up(database_dsn(dsn, f"{_TEMPLATE}_draft"))
     with _admin(dsn) as cursor:
         cursor.execute(f"ALTER DATABASE {_TEMPLATE}_draft RENAME TO {_TEMPLATE}")
 
