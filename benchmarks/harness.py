@@ -16,7 +16,7 @@ import subprocess
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -311,7 +311,7 @@ def _resident_bytes(file: Path) -> int:
     return int(done.stdout)
 
 
-def in_turn(rounds: int, measurements: dict[str, Callable[[], Value]]) -> dict[str, list[Value]]:
+def in_turn(rounds: int, measurements: Mapping[str, Callable[[], Value]]) -> dict[str, list[Value]]:
     """Takes the measurements one after the other, ``rounds`` times, so that a machine that becomes slower
     becomes so for all of them."""
     results: dict[str, list[Value]] = {name: [] for name in measurements}

@@ -1,6 +1,6 @@
 """One package of 1 GiB over one connection, warm: rate, CPU time, TLS, and the daemon's memory."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
 
@@ -44,7 +44,7 @@ def run(bench: Bench, section: Section) -> None:
 
 
 def _measure_plain(
-    bench: Bench, section: Section, package: Package, running: dict[str, Server], rounds: int
+    bench: Bench, section: Section, package: Package, running: Mapping[str, Server], rounds: int
 ) -> None:
     def measure(server: Server) -> tuple[float, float, float]:
         """GB/s; CPU-seconds for each GB, the server's and PostgreSQL's."""
@@ -78,7 +78,7 @@ def _measure_curl(
     bench: Bench,
     section: Section,
     package: Package,
-    running: dict[str, Server],
+    running: Mapping[str, Server],
     rounds: int,
     measure_name: str,
     *,
@@ -99,7 +99,7 @@ def _measure_curl(
         section.add(measure_name, name, values)
 
 
-def _check_bytes(bench: Bench, package: Package, running: dict[str, Server]) -> None:
+def _check_bytes(bench: Bench, package: Package, running: Mapping[str, Server]) -> None:
     for server in running.values():
         with server.counting(bench) as counted:
             load.check_bytes(server.target(package), package.sha256)

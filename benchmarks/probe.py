@@ -18,9 +18,11 @@ from pathlib import Path
 
 from aiohttp import web
 
-from exportd import cli
-from exportd.app import make_app
+from exportd import app as application
+from exportd.cli.main import main
+from exportd.limits.memory import SharedMemory
 from exportd.settings import Settings
+from exportd.telemetry.shared_metrics import SharedMetrics
 
 _INTERVAL_SECONDS = 0.005
 _TASKS_INTERVAL_SECONDS = 1.0
@@ -60,8 +62,16 @@ async def _probe() -> None:
                 next_tasks = now + _TASKS_INTERVAL_SECONDS
 
 
-def _make_probed_app(settings: Settings, dsn: str) -> web.Application:
-    app = make_app(settings, dsn)
+_make_app = application.make_app
+
+
+def _make_probed_app(
+    settings: Settings,
+    dsn: str,
+    memory: SharedMemory | None = None,
+    shared_metrics: SharedMetrics | None = None,
+) -> web.Application:
+    app = _make_app(settings, dsn, memory, shared_metrics)
 
     async def probe(_: web.Application) -> AsyncIterator[None]:
         task = asyncio.create_task(_probe())
@@ -75,5 +85,5 @@ def _make_probed_app(settings: Settings, dsn: str) -> web.Application:
 
 
 if __name__ == "__main__":
-    cli.make_app = _make_probed_app
-    cli.main()
+    application.make_app = _make_probed_app  # the command imports it when it runs
+    main()

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from ipaddress import ip_network
 from typing import Any
 
@@ -28,6 +28,7 @@ from exportd.limits.rates import Rates
 from exportd.settings import Settings
 from exportd.storage.files import PackageStore
 from exportd.telemetry.metrics import Metrics
+from exportd.telemetry.shared_metrics import SharedMetrics
 from exportd.web.downloads.recording import FAILURE_REASONS
 from exportd.web.edge.boundary import edge, set_common_headers
 from exportd.web.edge.connection import Refusal
@@ -42,18 +43,31 @@ from exportd.web.services import SERVICES, Services
 
 log = structlog.get_logger()
 
+_LABEL_VALUES: dict[str, Iterable[str]] = {
+    "downloads_failed_total": FAILURE_REASONS,
+    "sent_bytes_total": Method,
+    "connections_refused_total": Refusal,
+    "limits_hit_total": Limit,
+}
 
-def make_app(settings: Settings, dsn: str, shared: SharedMemory | None = None) -> web.Application:
+
+def make_app(
+    settings: Settings,
+    dsn: str,
+    memory: SharedMemory | None = None,
+    shared_metrics: SharedMetrics | None = None,
+) -> web.Application:
     """Returns the daemon's application. Its services exist from its start-up to its clean-up.
 
-    ``shared`` is the memory of several processes.
+    Several processes pass the memory and the metrics that they share.
     """
     app = web.Application(middlewares=[edge])
     app.router.add_routes(routes(settings.server.base_path))
     app.on_response_prepare.extend([count_answer, set_common_headers, allow_origin])
 
     async def run_services(app: web.Application) -> AsyncIterator[None]:
-        async with _services(app, settings, dsn, shared or make_shared_memory(1)) as app[SERVICES]:
+        metrics = Metrics(_LABEL_VALUES, shared_metrics)
+        async with _services(app, settings, dsn, memory or make_shared_memory(1), metrics) as app[SERVICES]:
             yield
 
     app.cleanup_ctx.append(run_services)
@@ -62,10 +76,9 @@ def make_app(settings: Settings, dsn: str, shared: SharedMemory | None = None) -
 
 @contextlib.asynccontextmanager
 async def _services(
-    app: web.Application, settings: Settings, dsn: str, shared: SharedMemory
+    app: web.Application, settings: Settings, dsn: str, memory: SharedMemory, metrics: Metrics
 ) -> AsyncIterator[Services]:
-    metrics = Metrics(FAILURE_REASONS, Method, Refusal, Limit)
-    board = Board(shared)
+    board = Board(memory)
     async with contextlib.AsyncExitStack() as stack:
         remote = None
         if settings.auth.jwks_url:
@@ -82,7 +95,7 @@ async def _services(
             settings=settings,
             lifecycle=Lifecycle(),
             metrics=metrics,
-            limiter=Limiter(settings.limits, Rates(shared), board),
+            limiter=Limiter(settings.limits, Rates(memory), board),
             tokens=make_tokens(settings.auth, settings.data_dir, remote),
             trusted_proxies=[ip_network(network) for network in settings.server.trusted_proxies],
             metrics_from=[ip_network(network) for network in settings.server.metrics_from],

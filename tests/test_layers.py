@@ -48,7 +48,7 @@ DOORS = {
     "gunicorn": {"process/workers.py"},
     "click": {f"cli/{name}.py" for name in ("main", "common", "serve", "publish", "admin", "demo")},
     "pydantic": {"settings/sections.py", "settings/loading.py"},
-    "prometheus_client": {"telemetry/metrics.py"},
+    "prometheus_client": {"telemetry/metrics.py", "telemetry/shared_metrics.py"},
     "marshmallow": {"web/openapi/schemas.py"},
 }
 

@@ -49,7 +49,7 @@ def demo(config_file: Path | None) -> None:
         run(_request_sample(settings, dsn, sample))
         run_server(
             settings,
-            lambda: make_app(settings, dsn),
+            lambda _: make_app(settings, dsn),
             lambda url: _print_demo(settings, published, url),
             packer_beside(config_file, environ),
         )

@@ -15,9 +15,12 @@ from exportd.cli.common import config_option, connected, log_to_stdout, migrated
 if TYPE_CHECKING:
     import uuid
 
+    from aiohttp import web
+
     from exportd.process.companion import Companion
     from exportd.process.runner import MakeApp
     from exportd.settings import Key, Settings
+    from exportd.telemetry.shared_metrics import SharedMetrics
 
 
 @click.command()
@@ -57,10 +60,14 @@ def serve(config_file: Path | None, host: str | None, port: int | None, workers:
             return settings
 
     # Made before processes are forked, because they share it.
-    shared = make_shared_memory(settings.server.workers)
+    memory = make_shared_memory(settings.server.workers)
     with migrated_database(settings) as dsn:
+
+        def make(shared_metrics: SharedMetrics | None) -> web.Application:
+            return make_app(present_settings(), dsn, memory, shared_metrics)
+
         companion = packer_beside(config_file, os.environ) if settings.packer.enabled else None
-        status = run_server(settings, lambda: make_app(present_settings(), dsn, shared), companion=companion)
+        status = run_server(settings, make, companion=companion)
     sys.exit(status)
 
 

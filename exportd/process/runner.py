@@ -24,12 +24,13 @@ from exportd.process.listeners import (
 from exportd.process.systemd import notify
 from exportd.process.workers import ABORT_SECONDS, STOP_SIGNALS, serve_by_workers
 from exportd.settings import ServerSettings
+from exportd.telemetry.shared_metrics import SharedMetrics
 from exportd.web.edge.connection import ConnectionServer
 from exportd.web.services import SERVICES
 
 log = structlog.get_logger()
 
-MakeApp = Callable[[], web.Application]
+MakeApp = Callable[[SharedMetrics | None], web.Application]
 
 
 def serve(
@@ -57,8 +58,8 @@ def serve(
         if companion:
             stack.enter_context(companion)
 
-        def make_runner() -> DrainingRunner:
-            return DrainingRunner(make_app(), settings.drain_timeout_seconds, max_connections)
+        def make_runner(metrics: SharedMetrics | None = None) -> DrainingRunner:
+            return DrainingRunner(make_app(metrics), settings.drain_timeout_seconds, max_connections)
 
         def started() -> None:
             notify("READY=1")

@@ -12,7 +12,7 @@ from gunicorn.app.base import BaseApplication
 from gunicorn.glogging import Logger
 
 from exportd.settings import ServerSettings
-from exportd.telemetry.metrics import forget_dead_processes, shared_metrics
+from exportd.telemetry.shared_metrics import SharedMetrics
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # After a drain: how long aborted downloads may take to be recorded.
@@ -22,7 +22,7 @@ _HUNG_SECONDS = 60
 
 
 def serve_by_workers(
-    make_runner: Callable[[], web.AppRunner],
+    make_runner: Callable[[SharedMetrics], web.AppRunner],
     settings: ServerSettings,
     sockets: list[socket.socket],
     started: Callable[[], None],
@@ -35,9 +35,11 @@ def serve_by_workers(
         after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS),
     )
 
+    metrics = SharedMetrics()
+
     async def load() -> web.AppRunner:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-        return make_runner()
+        return make_runner(metrics)
 
     stopping_seconds = int(settings.drain_timeout_seconds + ABORT_SECONDS) + 1
     options = {
@@ -51,14 +53,15 @@ def serve_by_workers(
         "keyfile": str(settings.tls_key) if settings.tls_key else None,
         "logger_class": _GunicornLogger,
         "when_ready": lambda _: started(),
-        "child_exit": lambda _, __: forget_dead_processes(),
+        "child_exit": lambda _, __: metrics.forget_dead_processes(),
         "control_socket_disable": True,
     }
     try:
-        with shared_metrics():
-            _Gunicorn(options, load).run()
+        _Gunicorn(options, load).run()
     except SystemExit as exit_request:
         return int(exit_request.code or 0)
+    finally:
+        metrics.remove()
     return 0
 
 
