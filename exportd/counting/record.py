@@ -37,6 +37,7 @@ from collections.abc import Callable, Sequence
 from uuid import UUID
 
 from exportd.db.pool import Database, Session
+from exportd.db.rows import read
 from exportd.domain.delivery import DownloadEvent, Method, Outcome
 
 # A statement of its own, sent together with the next one and so in one transaction: the next one then sees
@@ -335,7 +336,7 @@ WITH old AS (
 ), pruned AS (
     DELETE FROM download_events USING old WHERE download_events.event_id = old.event_id RETURNING 1
 )
-SELECT count(*) FROM pruned
+SELECT count(*) AS pruned FROM pruned
 """
 _PRUNED_AT_ONCE = 5000
 
@@ -402,23 +403,14 @@ async def find_lost(
     """
     rows = await database.fetch_all(_FIND_RUNNING, (list(ended), lost_after_seconds))
     return [
-        DownloadEvent(
-            event_id=row[0],
-            job_id=row[1],
-            user_id=row[2],
-            started_at=row[3],
-            duration_seconds=row[4],
+        read(
+            DownloadEvent,
+            row,
             outcome=Outcome.LOST,
-            http_status=row[5],
-            requested=_parse_multirange(row[6]),
-            received=_parse_multirange(row[7]),
-            bytes_sent=row[8],
-            package_size_bytes=row[9],
-            request_id=row[10],
-            bytes_acknowledged=row[11],
+            requested=_parse_multirange(row.requested),
+            received=_parse_multirange(row.received),
             reason="the daemon was killed",
-            method=row[12] and Method(row[12]),
-            daemon_id=row[13],
+            method=row.method and Method(row.method),
         )
         for row in rows
     ]
@@ -432,7 +424,7 @@ async def prune_events(database: Database, event_days: int) -> int:
     while True:
         row = await database.fetch_one(_PRUNE_EVENTS, (event_days, _PRUNED_AT_ONCE))
         assert row is not None
-        pruned: int = row[0]
+        pruned: int = row.pruned
         total += pruned
         if pruned < _PRUNED_AT_ONCE:
             return total

@@ -9,6 +9,7 @@ from datetime import datetime, timedelta
 from uuid import UUID
 
 from exportd.db.pool import Database, Session
+from exportd.db.rows import read
 
 _FIND_UNFINISHED = """
 SELECT 1 FROM exportd_unfinished_downloads(%s) AS unfinished(user_id) WHERE user_id = %s
@@ -19,15 +20,15 @@ SELECT 1 FROM exportd_unfinished_downloads(%s) AS unfinished(user_id) WHERE user
 TAKE_EXPIRED = """
 SELECT job_id,
        package_path::text,
-       coalesce(package_size_bytes::bigint, 0),
-       package_expires_at::timestamptz,
+       coalesce(package_size_bytes::bigint, 0) AS size_bytes,
+       package_expires_at::timestamptz AS expires_at,
        now() < package_expires_at::timestamptz + %(grace)s
-           AND EXISTS (SELECT FROM exportd_unfinished_downloads(job_id)),
+           AND EXISTS (SELECT FROM exportd_unfinished_downloads(job_id)) AS is_waiting,
        ARRAY(
            SELECT other.job_id
              FROM export_jobs AS other
             WHERE other.package_path = job.package_path AND other.job_id <> job.job_id
-       )
+       ) AS shared_with
   FROM export_jobs AS job
  WHERE status::text = 'completed'
    AND package_path IS NOT NULL
@@ -112,10 +113,7 @@ async def take_expired(
         "grace": grace,
     }
     rows = await session.fetch_all(TAKE_EXPIRED + (_LOCKED if lock else ""), parameters)
-    return [
-        ExpiredPackage(job_id, path, size_bytes, expires_at, is_waiting, tuple(shared_with))
-        for job_id, path, size_bytes, expires_at, is_waiting, shared_with in rows
-    ]
+    return [read(ExpiredPackage, row, shared_with=tuple(row.shared_with)) for row in rows]
 
 
 async def mark_deleted(session: Session, job_ids: list[UUID]) -> None:
@@ -128,19 +126,19 @@ async def list_package_paths(database: Database, after: UUID) -> list[tuple[UUID
 
     Raises DatabaseUnavailable.
     """
-    return [(row[0], row[1]) for row in await database.fetch_all(_LIST_PATHS, (after,))]
+    return [(row.job_id, row.package_path) for row in await database.fetch_all(_LIST_PATHS, (after,))]
 
 
 async def newest_package_paths(database: Database) -> list[str]:
     """The paths of some of the newest packages. Raises DatabaseUnavailable."""
-    return [row[0] for row in await database.fetch_all(_NEWEST_PACKAGES)]
+    return [row.package_path for row in await database.fetch_all(_NEWEST_PACKAGES)]
 
 
 async def database_clock(database: Database | Session) -> datetime:
     """The database's present time. Raises DatabaseUnavailable."""
-    row = await database.fetch_one("SELECT now()")
+    row = await database.fetch_one("SELECT now() AS now")
     assert row is not None
-    now: datetime = row[0]
+    now: datetime = row.now
     return now
 
 
@@ -149,7 +147,7 @@ async def last_cleanup(database: Database | Session) -> tuple[datetime, datetime
     row = await database.fetch_one(
         "SELECT started_at, finished_at FROM exportd_cleanup_runs ORDER BY started_at DESC LIMIT 1"
     )
-    return (row[0], row[1]) if row else None
+    return (row.started_at, row.finished_at) if row else None
 
 
 async def record_cleanup(database: Database | Session, run: dict[str, object]) -> None:

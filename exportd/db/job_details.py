@@ -2,27 +2,20 @@
 
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 from uuid import UUID
 
+from exportd.db.jobs import JOB_COLUMNS
 from exportd.db.pool import Database
+from exportd.db.rows import read
 from exportd.domain.job import Job
 
-_SELECT = """
-SELECT job_id,
-       user_id::text,
-       status::text,
-       coalesce(tool_data ->> 'name', tool_data ->> 'toolName', ''),
-       completed_at::timestamptz,
-       package_path::text,
-       package_size_bytes::bigint,
-       package_sha256::text,
-       package_expires_at::timestamptz,
-       package_suspect_since IS NOT NULL,
-       now(),
+_SELECT = f"""
+SELECT {JOB_COLUMNS},
        created_at::timestamptz,
-       pack_percent,
+       pack_percent AS percent,
        failure_reason,
-       coalesce(download_count, 0)::bigint,
+       coalesce(download_count, 0)::bigint AS download_count,
        last_downloaded_at::timestamptz,
        re_export_of,
        (SELECT newer.job_id
@@ -31,7 +24,7 @@ SELECT job_id,
          ORDER BY newer.created_at DESC NULLS LAST, newer.job_id DESC
          LIMIT 1) AS re_exported_as
   FROM export_jobs AS job
-"""
+"""  # noqa: S608  # constants only
 FIND_JOBS = _SELECT + " WHERE job_id = ANY (%s::uuid[])"
 # In an application's own table a job may lack its time of creation. Such a job is not listed.
 _PAGE = """
@@ -47,7 +40,8 @@ LIST_BY_USER_AND_STATUS = _SELECT + " WHERE user_id::text = %(user_id)s AND stat
 # Uses the index of running deliveries, which stays small however long the history is.
 FIND_RUNNING_DOWNLOADS = """
 SELECT event_id, job_id, user_id, started_at,
-       (SELECT sum(upper(part) - lower(part)) FROM unnest(requested) AS part)::bigint,
+       (SELECT sum(upper(part) - lower(part)) FROM unnest(requested) AS part)::bigint
+           AS bytes_requested,
        bytes_acknowledged
   FROM download_events
  WHERE outcome = 'running' AND job_id = ANY (%s::uuid[])
@@ -63,7 +57,7 @@ SELECT job.*,
                    (SELECT sum(upper(part) - lower(part)) FROM unnest(received) AS part) AS received_bytes
               FROM download_progress AS progress
              WHERE progress.job_id = job.job_id AND NOT isempty(received)
-          ) AS by_user)
+          ) AS by_user) AS bytes_by_user
   FROM (
 """
 FIND_JOBS_IN_PROGRESS = _WITH_PROGRESS + FIND_JOBS + ") AS job"
@@ -98,7 +92,7 @@ class RunningDownload:
 async def find_details(database: Database, job_ids: list[UUID]) -> dict[UUID, JobDetails]:
     """Returns the jobs that exist, by id. Raises DatabaseUnavailable."""
     rows = await database.fetch_all(FIND_JOBS, (job_ids,))
-    return {row[0]: details_of(row) for row in rows}
+    return {row.job_id: details_of(row) for row in rows}
 
 
 async def list_jobs(
@@ -136,7 +130,7 @@ async def list_jobs(
 async def find_running_downloads(database: Database, job_ids: list[UUID]) -> list[RunningDownload]:
     """Returns the running deliveries of the jobs, oldest first. Raises DatabaseUnavailable."""
     rows = await database.fetch_all(FIND_RUNNING_DOWNLOADS, (job_ids,))
-    return [RunningDownload(*row) for row in rows]
+    return [read(RunningDownload, row) for row in rows]
 
 
 async def find_details_in_progress(
@@ -145,9 +139,9 @@ async def find_details_in_progress(
     """Like ``find_details``, with the number of bytes that each user has of the package so far, from
     deliveries that ended, at the same moment. Raises DatabaseUnavailable."""
     rows = await database.fetch_all(FIND_JOBS_IN_PROGRESS, (job_ids,))
-    return {row[0]: (details_of(row[:-1]), row[-1]) for row in rows}
+    return {row.job_id: (details_of(row), row.bytes_by_user) for row in rows}
 
 
-def details_of(row: tuple[object, ...]) -> JobDetails:
+def details_of(row: Any) -> JobDetails:
     """The job of a row of ``FIND_JOBS``."""
-    return JobDetails(Job(*row[:11]), *row[11:])  # type: ignore[arg-type]
+    return read(JobDetails, row, job=read(Job, row))

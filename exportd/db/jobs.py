@@ -10,26 +10,27 @@ from uuid import UUID
 
 from exportd.db.batcher import Batcher
 from exportd.db.pool import Database
+from exportd.db.rows import read
 from exportd.domain.job import Job
 
 # More than one, so that one slow statement does not delay every look-up.
 _LOOK_UPS_AT_ONCE = 2
 
-_FIND_JOBS = """
-SELECT job_id,
+# The fields of ``Job``.
+JOB_COLUMNS = """
+       job_id,
        user_id::text,
        status::text,
-       coalesce(tool_data ->> 'name', tool_data ->> 'toolName', ''),
+       coalesce(tool_data ->> 'name', tool_data ->> 'toolName', '') AS tool_name,
        completed_at::timestamptz,
        package_path::text,
        package_size_bytes::bigint,
        package_sha256::text,
        package_expires_at::timestamptz,
-       package_suspect_since IS NOT NULL,
-       now()
-  FROM export_jobs
- WHERE job_id = ANY (%s::uuid[])
+       package_suspect_since IS NOT NULL AS is_suspect,
+       now() AS read_at
 """
+_FIND_JOBS = f"SELECT {JOB_COLUMNS} FROM export_jobs WHERE job_id = ANY (%s::uuid[])"  # noqa: S608  # constants only
 
 # The states are those of ``Job.package_state``. An application's own statuses are "other".
 _SUM_PACKAGES = """
@@ -40,9 +41,9 @@ SELECT CASE
            WHEN package_expires_at::timestamptz <= now() THEN 'expired'
            WHEN package_suspect_since IS NOT NULL THEN 'suspect'
            ELSE 'available'
-       END,
-       count(*),
-       coalesce(sum(package_size_bytes::bigint), 0)::bigint
+       END AS state,
+       count(*) AS jobs,
+       coalesce(sum(package_size_bytes::bigint), 0)::bigint AS size_bytes
   FROM export_jobs
  GROUP BY 1
 """
@@ -78,7 +79,7 @@ class JobFinder:
     def __init__(self, database: Database) -> None:
         async def find(job_ids: list[UUID]) -> list[Job | None]:
             rows = await database.fetch_all(_FIND_JOBS, (list(set(job_ids)),))
-            jobs = {row[0]: Job(*row) for row in rows}
+            jobs = {row.job_id: read(Job, row) for row in rows}
             return [jobs.get(job_id) for job_id in job_ids]
 
         self._gatherer = Batcher(find, lambda: lambda _: True, at_once=_LOOK_UPS_AT_ONCE)
@@ -94,7 +95,7 @@ async def sum_packages(database: Database) -> dict[str, tuple[int, int]]:
     Reads the whole table. Raises DatabaseUnavailable.
     """
     rows = await database.fetch_all(_SUM_PACKAGES)
-    found = {state: (count, size_bytes) for state, count, size_bytes in rows}
+    found = {row.state: (row.jobs, row.size_bytes) for row in rows}
     return {state: found.get(state, (0, 0)) for state in _PACKAGE_STATES}
 
 
@@ -118,5 +119,5 @@ async def record_completed_job(database: Database, job: CompletedJob) -> datetim
     """
     row = await database.fetch_one(_RECORD_COMPLETED, asdict(job))
     assert row is not None
-    expires_at: datetime = row[0]
+    expires_at: datetime = row.package_expires_at
     return expires_at

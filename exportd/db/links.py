@@ -5,6 +5,7 @@ from datetime import datetime
 from uuid import UUID
 
 from exportd.db.pool import Database
+from exportd.db.rows import read
 from exportd.domain.job import Job
 from exportd.domain.principal import Principal
 from exportd.settings import LinkSettings
@@ -42,7 +43,7 @@ LIMIT 1
 
 FIND_LINK = """
 SELECT ticket_sha256, job_id, user_id, is_admin, package_sha256, start_until, resume_until,
-       begun_at IS NOT NULL, revoked_at IS NOT NULL
+       begun_at IS NOT NULL AS is_begun, revoked_at IS NOT NULL AS is_revoked
   FROM exportd_download_links
  WHERE ticket_sha256 = %s
 """
@@ -90,8 +91,8 @@ async def make_link(
     principal: Principal,
     settings: LinkSettings,
 ) -> tuple[datetime, datetime]:
-    """Records a link to the job's present package. Returns until when it starts, and until when it resumes,
-    downloads.
+    """Records a link to the job's present package. Returns two times: until when the link can start a
+    download, and until when it can resume one.
 
     Idempotent by ``ticket_sha256``. Raises DatabaseUnavailable.
     """
@@ -109,13 +110,13 @@ async def make_link(
         },
     )
     assert row is not None
-    return row[0], row[1]
+    return row.start_until, row.resume_until
 
 
 async def find_link(database: Database, ticket_sha256: bytes) -> Link | None:
     """Returns the link of the ticket, even if it has expired or was revoked. Raises DatabaseUnavailable."""
     row = await database.fetch_one(FIND_LINK, (ticket_sha256,))
-    return Link(bytes(row[0]), *row[1:]) if row else None
+    return read(Link, row, ticket_sha256=ticket_sha256) if row else None
 
 
 async def mark_begun(database: Database, link: Link) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from uuid import UUID
 
 from exportd.db.pool import Database, Session
+from exportd.db.rows import read
 
 # Idempotent: a packer that holds a job takes no other.
 TAKE_JOB = """
@@ -35,7 +36,7 @@ UPDATE export_jobs
 """
 
 _FIND_OWN = """
-SELECT job_id, pack_source, pack_attempts
+SELECT job_id, pack_source AS source, pack_attempts AS attempt
   FROM export_jobs
  WHERE packer_id = %s AND completed_at IS NULL AND pack_source IS NOT NULL AND status::text = 'processing'
  ORDER BY created_at, job_id
@@ -117,7 +118,7 @@ async def take_job(database: Database, packer_id: UUID) -> PackingJob | None:
     """
     await database.fetch_all(TAKE_JOB, {"packer_id": packer_id})
     row = await database.fetch_one(_FIND_OWN, (packer_id,))
-    return PackingJob(*row) if row else None
+    return read(PackingJob, row) if row else None
 
 
 async def release_jobs(database: Database, packer_id: UUID) -> None:

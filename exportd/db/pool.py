@@ -15,6 +15,7 @@ from typing import Any
 import aiopg
 import psycopg2
 import structlog
+from psycopg2.extras import NamedTupleCursor
 
 from exportd.errors import OperatorError
 
@@ -62,8 +63,8 @@ class Database:
         self._pool = pool
         self._statement_timeout_seconds = statement_timeout_seconds
 
-    async def fetch_all(self, statement: str, parameters: Parameters = ()) -> list[tuple[Any, ...]]:
-        """Runs one statement and returns its rows.
+    async def fetch_all(self, statement: str, parameters: Parameters = ()) -> list[Any]:
+        """Runs one statement and returns its rows, as named tuples.
 
         The statement must be a read, or idempotent: it is sent again if the connection breaks.
         Raises DatabaseError.
@@ -79,7 +80,7 @@ class Database:
         except (psycopg2.OperationalError, psycopg2.InterfaceError) as error:
             raise DatabaseUnavailable(_one_line(error)) from error
 
-    async def fetch_one(self, statement: str, parameters: Parameters = ()) -> tuple[Any, ...] | None:
+    async def fetch_one(self, statement: str, parameters: Parameters = ()) -> Any | None:
         """As ``fetch_all``, for a statement that returns at most one row."""
         rows = await self.fetch_all(statement, parameters)
         return rows[0] if rows else None
@@ -145,12 +146,12 @@ class Session:
         self._connection = connection
         self._statement_timeout_seconds = statement_timeout_seconds
 
-    async def fetch_all(self, statement: str, parameters: Parameters = ()) -> list[tuple[Any, ...]]:
-        """Runs one statement and returns its rows. Raises DatabaseError."""
+    async def fetch_all(self, statement: str, parameters: Parameters = ()) -> list[Any]:
+        """Runs one statement and returns its rows, as named tuples. Raises DatabaseError."""
         with _broken_is_unavailable(), _translated():
             return await _execute(self._connection, statement, parameters, self._statement_timeout_seconds)
 
-    async def fetch_one(self, statement: str, parameters: Parameters = ()) -> tuple[Any, ...] | None:
+    async def fetch_one(self, statement: str, parameters: Parameters = ()) -> Any | None:
         """As ``fetch_all``, for a statement that returns at most one row."""
         rows = await self.fetch_all(statement, parameters)
         return rows[0] if rows else None
@@ -180,9 +181,9 @@ class Session:
     @contextlib.asynccontextmanager
     async def try_lock(self, name: str) -> AsyncIterator[bool]:
         """Holds a session lock while the block runs. Yields False if another session holds it."""
-        row = await self.fetch_one("SELECT pg_try_advisory_lock(hashtextextended(%s, 0))", (name,))
+        row = await self.fetch_one("SELECT pg_try_advisory_lock(hashtextextended(%s, 0)) AS is_held", (name,))
         assert row is not None
-        is_held: bool = row[0]
+        is_held: bool = row.is_held
         try:
             yield is_held
         finally:
@@ -194,8 +195,8 @@ class Session:
 
 async def _execute(
     connection: Any, statement: str, parameters: Parameters, timeout_seconds: float
-) -> list[tuple[Any, ...]]:
-    async with connection.cursor() as cursor:
+) -> list[Any]:
+    async with connection.cursor(cursor_factory=NamedTupleCursor) as cursor:
         await cursor.execute(statement, parameters, timeout=timeout_seconds)
         return await cursor.fetchall() if cursor.description else []
 

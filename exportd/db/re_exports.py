@@ -18,7 +18,7 @@ WITH RECURSIVE family (job_id, re_export_of) AS (
 SELECT job_id FROM family
 """
 COUNT_WAITING = """
-SELECT count(*)
+SELECT count(*) AS waiting
   FROM export_jobs
  WHERE user_id::text = %s AND status::text IN ('pending', 'processing') AND re_export_of IS NOT NULL
 """
@@ -42,7 +42,7 @@ async def lock_re_exports(session: Session, user_id: str) -> None:
 
 async def find_family(session: Session, job_id: UUID) -> list[JobDetails]:
     """Returns all jobs of the export that the job belongs to, newest first. Raises DatabaseUnavailable."""
-    family = [row[0] for row in await session.fetch_all(FIND_FAMILY, (job_id,))]
+    family = [row.job_id for row in await session.fetch_all(FIND_FAMILY, (job_id,))]
     found = [details_of(row) for row in await session.fetch_all(FIND_JOBS, (family,))]
     # A job without a time, in an application's own table, counts as the oldest.
     return sorted(found, key=lambda job: job.created_at.timestamp() if job.created_at else 0.0, reverse=True)
@@ -52,7 +52,7 @@ async def count_waiting_re_exports(session: Session, user_id: str) -> int:
     """The number of the user's re-exports that wait or run. Raises DatabaseUnavailable."""
     row = await session.fetch_one(COUNT_WAITING, (user_id,))
     assert row is not None
-    number: int = row[0]
+    number: int = row.waiting
     return number
 
 

@@ -7,41 +7,42 @@ from collections.abc import Sequence
 from uuid import UUID
 
 from exportd.db.pool import Database
+from exportd.db.rows import read
 from exportd.domain.statistics import DeliverySummary, DownloadStatistics, FailureCount, SizeSummary
 
 _RECENT_EVENTS = 20
 
 _FIND_JOB = """
 SELECT user_id::text,
-       coalesce(download_count, 0)::bigint,
+       coalesce(download_count, 0)::bigint AS download_count,
        last_downloaded_at::timestamptz,
-       coalesce(bytes_served, 0)::bigint
+       coalesce(bytes_served, 0)::bigint AS bytes_served
   FROM export_jobs
  WHERE job_id = %(job_id)s
 """
 
 _SUM_JOBS = """
-SELECT NULL::text,
-       coalesce(sum(download_count), 0)::bigint,
-       max(last_downloaded_at)::timestamptz,
-       coalesce(sum(bytes_served), 0)::bigint
+SELECT NULL::text AS user_id,
+       coalesce(sum(download_count), 0)::bigint AS download_count,
+       max(last_downloaded_at)::timestamptz AS last_downloaded_at,
+       coalesce(sum(bytes_served), 0)::bigint AS bytes_served
   FROM export_jobs
 """
 
 # psycopg2 inserts the parameter as a literal, so the planner sees whether there is a job id.
 
 _COUNT_USERS = """
-SELECT count(DISTINCT user_id)
+SELECT count(DISTINCT user_id) AS users
   FROM download_events
  WHERE (%(job_id)s::uuid IS NULL OR job_id = %(job_id)s::uuid) AND outcome = 'completed'
 """
 
 # Only downloads in one delivery. The duration of a part would say little.
 _SUM_BY_SIZE = """
-SELECT width_bucket(package_size_bytes, %(bounds)s::bigint[]),
-       count(*),
-       avg(duration_seconds)::double precision,
-       (sum(bytes_sent) / greatest(sum(duration_seconds), 1e-6))::double precision
+SELECT width_bucket(package_size_bytes, %(bounds)s::bigint[]) AS range_number,
+       count(*) AS downloads,
+       avg(duration_seconds)::double precision AS average_duration_seconds,
+       (sum(bytes_sent) / greatest(sum(duration_seconds), 1e-6))::double precision AS average_bytes_per_second
   FROM download_events
  WHERE (%(job_id)s::uuid IS NULL OR job_id = %(job_id)s::uuid) AND outcome = 'completed' AND http_status = 200
  GROUP BY 1
@@ -49,7 +50,7 @@ SELECT width_bucket(package_size_bytes, %(bounds)s::bigint[]),
 """
 
 _COUNT_FAILURES = """
-SELECT outcome, coalesce(reason, ''), count(*)
+SELECT outcome, coalesce(reason, '') AS reason, count(*) AS count
   FROM download_events
  WHERE (%(job_id)s::uuid IS NULL OR job_id = %(job_id)s::uuid) AND outcome NOT IN ('completed', 'running')
  GROUP BY 1, 2
@@ -83,17 +84,16 @@ async def find_statistics(
     totals = await database.fetch_one(_SUM_JOBS if job_id is None else _FIND_JOB, parameters)
     if totals is None:
         return None
-    user_id, download_count, last_downloaded_at, bytes_served = totals
     users = await database.fetch_one(_COUNT_USERS, parameters)
     assert users is not None
     return DownloadStatistics(
         job_id=job_id,
-        user_id=user_id,
-        download_count=download_count,
-        last_downloaded_at=last_downloaded_at,
-        bytes_served=bytes_served,
-        unique_users=users[0],
-        sizes=[SizeSummary(*row) for row in await database.fetch_all(_SUM_BY_SIZE, parameters)],
-        failures=[FailureCount(*row) for row in await database.fetch_all(_COUNT_FAILURES, parameters)],
-        recent=[DeliverySummary(*row) for row in await database.fetch_all(_LIST_RECENT, parameters)],
+        user_id=totals.user_id,
+        download_count=totals.download_count,
+        last_downloaded_at=totals.last_downloaded_at,
+        bytes_served=totals.bytes_served,
+        unique_users=users.users,
+        sizes=[read(SizeSummary, row) for row in await database.fetch_all(_SUM_BY_SIZE, parameters)],
+        failures=[read(FailureCount, row) for row in await database.fetch_all(_COUNT_FAILURES, parameters)],
+        recent=[read(DeliverySummary, row) for row in await database.fetch_all(_LIST_RECENT, parameters)],
     )

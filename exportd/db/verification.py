@@ -4,10 +4,11 @@ from dataclasses import dataclass
 from uuid import UUID
 
 from exportd.db.pool import Database
+from exportd.db.rows import read
 
 _LIST_PACKAGES = """
-SELECT job_id, package_path::text, package_size_bytes::bigint, package_sha256::text,
-       package_suspect_since IS NOT NULL
+SELECT job_id, package_path::text, package_size_bytes::bigint AS size_bytes, package_sha256::text AS sha256,
+       package_suspect_since IS NOT NULL AS is_suspect
   FROM export_jobs
  WHERE status::text = 'completed'
    AND package_path IS NOT NULL
@@ -50,7 +51,7 @@ async def list_packages(database: Database, job_id: UUID | None, after: UUID | N
         rows = [] if after else await database.fetch_all(_LIST_ONE, (job_id,))
     else:
         rows = await database.fetch_all(_LIST_NEXT, (after or UUID(int=0),))
-    return [RecordedPackage(*row) for row in rows]
+    return [read(RecordedPackage, row) for row in rows]
 
 
 async def mark_suspect(database: Database, package: RecordedPackage) -> None:

@@ -20,7 +20,7 @@ WITH day AS (
       FROM download_events
      WHERE user_id = %(user_id)s AND started_at > now() - interval '1 day'
 )
-SELECT coalesce((SELECT sum(bytes) FROM day), 0) >= %(limit)s,
+SELECT coalesce((SELECT sum(bytes) FROM day), 0) >= %(limit)s AS is_reached,
        (
          SELECT extract(epoch FROM started_at + interval '1 day' - now())::double precision
            FROM (
@@ -31,7 +31,7 @@ SELECT coalesce((SELECT sum(bytes) FROM day), 0) >= %(limit)s,
           WHERE total >= %(limit)s
           ORDER BY started_at DESC
           LIMIT 1
-       )
+       ) AS seconds
 """
 # Held until the end of the transaction, so that of two concurrent starts the second sees the first.
 _TAKE_TURNS = "SELECT pg_advisory_xact_lock(hashtextextended('exportd quota ' || %s, 0))"
@@ -46,10 +46,9 @@ async def seconds_until_within_quota(
     they do. Raises DatabaseUnavailable."""
     row = await database.fetch_one(REACH_QUOTA, {"user_id": user_id, "limit": limit_bytes})
     assert row is not None
-    is_reached, seconds = row
-    if seconds is not None:
-        return max(1, math.ceil(float(seconds)))
-    return _RETRY_SECONDS if is_reached else None
+    if row.seconds is not None:
+        return max(1, math.ceil(float(row.seconds)))
+    return _RETRY_SECONDS if row.is_reached else None
 
 
 async def reserve_within_quota(database: Database, event: DownloadEvent, limit_bytes: int) -> int | None:
