@@ -5,6 +5,7 @@
 # make lint       formatting, lint, types, import layers
 # make fmt        format the code
 # make lock       write requirements.lock from what is installed
+# make lock-lowest  write it with the lowest versions that pyproject.toml allows, to test them
 # make serve      run the daemon; ARGS go to exportd serve
 # make screenshots  the README's pictures of the page (needs chromium)
 # make bench      exportd beside its peers; ARGS=--quick, ARGS=soak
@@ -26,7 +27,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 INSTALLED := $(VENV)/installed-$(CONTENT)
 INSTALLED_DEV := $(VENV)/installed-dev-$(CONTENT)
 
-.PHONY: demo serve test test-slow cover lint fmt lock screenshots bench clean
+.PHONY: demo serve test test-slow cover lint fmt lock lock-lowest screenshots bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/exportd demo
@@ -58,6 +59,10 @@ lock: $(INSTALLED_DEV)
 	( echo "# Versions for development and CI, written by make lock."; \
 	  $(BIN)/python -m pip freeze --exclude-editable --disable-pip-version-check ) > requirements.lock
 
+lock-lowest: | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip compile --quiet --resolution lowest-direct --group dev pyproject.toml --output-file requirements.lock
+
 screenshots: $(INSTALLED_DEV)
 	$(BIN)/python -m pytest -q tests/page/screenshots.py
 
@@ -74,7 +79,8 @@ $(INSTALLED): | $(BIN)/python
 	@touch $@
 
 $(INSTALLED_DEV): | $(BIN)/python
-	$(PIP) --editable '.[dev]'
+	$(PIP) 'pip>=25.1' # the first with dependency groups
+	$(PIP) --editable . --group dev
 	@touch $(INSTALLED) $@
 
 clean:

@@ -20,13 +20,9 @@ from uuid import UUID, uuid4
 
 import structlog
 
-from exportd.counting.record import (
-    MAX_BATCH_SIZE,
-    checkpoint_downloads,
-    find_lost,
-    one_statement,
-    record_downloads,
-)
+from exportd.counting.grouping import MAX_BATCH_SIZE, next_group, one_statement
+from exportd.counting.record import record_downloads
+from exportd.counting.running import checkpoint_downloads, find_lost
 from exportd.counting.spool import Spool
 from exportd.db.batcher import Batcher, Observe
 from exportd.db.pool import Database, DatabaseError, DatabaseUnavailable, ValueRefused
@@ -264,7 +260,7 @@ class DownloadLedger:
             # With the lock held, so that draining makes progress while new events arrive.
             async with self._write_lock:
                 waiting = [event for event in await spool.waiting() if event.job_id not in earlier_jobs]
-                group = _next_group(waiting, suspect, rejected)
+                group = next_group(waiting, suspect, rejected)
                 if not group:
                     break
                 try:
@@ -365,22 +361,6 @@ async def open_ledger(database: Database, folder: Path, observe: Observe = lambd
         await ledger.close()
         raise
     return ledger
-
-
-def _next_group(
-    waiting: Sequence[DownloadEvent], suspect: Collection[UUID], rejected: Collection[UUID]
-) -> list[DownloadEvent]:
-    """Returns the events of the next statement: no rejected job, and a suspect job only alone."""
-    chosen = list(
-        itertools.islice((event for event in waiting if event.job_id not in suspect), MAX_BATCH_SIZE)
-    )
-    if not chosen:
-        alone = next((event.job_id for event in waiting if event.job_id not in rejected), None)
-        chosen = list(itertools.islice((event for event in waiting if event.job_id == alone), MAX_BATCH_SIZE))
-    if running := [event for event in chosen if event.outcome == Outcome.RUNNING]:
-        return running
-    may_join = one_statement()
-    return [event for event in chosen if may_join(event)]
 
 
 def _add(sets: dict[UUID, set[Item]], job_id: UUID, item: Item) -> None:

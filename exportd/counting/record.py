@@ -16,8 +16,9 @@ then.
 A client may have more than it acknowledged when its delivery broke off: acknowledgements were on their way,
 or the daemon was killed. A resume shows how much. If the same principal requests a range that begins after
 the acknowledged bytes, and not after the sent ones (after a kill: the requested ones), the client has the
-bytes in between. They are those from the nearest such delivery on, unless the principal has the byte before
-that start anyway.
+bytes in between. For example, a client acknowledged bytes up to 600 of 1000 sent, and then resumes at 900: it
+has the bytes from 600 to 900. If several deliveries match, the one that got furthest counts. If the principal
+already has the byte before the resume's start, the resume shows nothing.
 
 After a package was completed, earlier deliveries and resumes show nothing more. The time of completion is the
 end of the delivery that completed the package, by its daemon's clock, like the ends it is compared with; for
@@ -31,14 +32,10 @@ A delivery that ended because the package was written to (outcome ``changed``) m
 download of it starts until it is verified.
 """
 
-import re
-from collections import Counter
-from collections.abc import Callable, Sequence
-from uuid import UUID
+from collections.abc import Sequence
 
-from exportd.db.pool import Database, Session
-from exportd.db.rows import read
-from exportd.domain.delivery import DownloadEvent, Method, Outcome
+from exportd.db.pool import Database
+from exportd.domain.delivery import DownloadEvent
 
 # A statement of its own, sent together with the next one and so in one transaction: the next one then sees
 # rows that were committed while this one waited. The order prevents deadlocks between daemons.
@@ -49,8 +46,8 @@ SELECT FROM export_jobs WHERE job_id = ANY (%(job_id)s::uuid[]) ORDER BY job_id 
 # Idempotent by event_id: the parts after ``inserted`` see only events that this statement inserted.
 _GIVEN = """
 WITH RECURSIVE before AS (
-    -- What was taken for lost, as it was then: so much has joined already. Reads see nothing that this
-    -- statement writes.
+    -- Events that were recorded as lost, with the bytes they had then. Those bytes are in the progress
+    -- already. Reads see nothing that this statement writes.
     SELECT event_id, received, bytes_sent
       FROM download_events
      WHERE event_id = ANY (%(event_id)s::uuid[]) AND outcome = 'lost'
@@ -128,8 +125,9 @@ _JOIN_PROGRESS = """
 ), late AS (
     SELECT event_id, turn FROM event WHERE was_lost
 ), pair AS (
-    -- A resume and a delivery that broke off before it, up to a byte that it may have reached: whichever of
-    -- them is new, at the turn of the one that came in last. What was taken for lost is that until its turn.
+    -- A resume and a delivery that broke off before it, up to a byte that it may have reached. At least one
+    -- of them is new. The pair joins at the turn of the later one. An event that was recorded as lost is
+    -- treated as lost until its turn.
     SELECT resumed.job_id, resumed.user_id, resumed.turn, resumed.start, broken.known,
            least(resumed.ended_at, broken.ended_at) AS ended_at
       FROM event AS resumed
@@ -292,38 +290,6 @@ RECORD_DOWNLOADS = _GIVEN + _INSERT_EVENTS + _JOIN_PROGRESS + _COUNT
 # were taken for lost, because their bytes must join.
 RECORD_WHOLE = _GIVEN + _UNLESS_LOST_BEFORE + _INSERT_EVENTS + _JOIN_NOTHING + _COUNT
 
-# Writes the progress of a running delivery. Does not touch one that has ended.
-_CHECKPOINT_DOWNLOADS = """
-INSERT INTO download_events AS known (
-    event_id, job_id, user_id, started_at, duration_seconds, outcome, http_status, requested, received,
-    bytes_sent, package_size_bytes, request_id, bytes_acknowledged, reason, method, daemon_id
-)
-SELECT *
-  FROM unnest(
-    %(event_id)s::uuid[], %(job_id)s::uuid[], %(user_id)s::text[], %(started_at)s::timestamptz[],
-    %(duration_seconds)s::double precision[], %(outcome)s::text[], %(http_status)s::smallint[],
-    %(requested)s::int8multirange[], %(received)s::int8multirange[], %(bytes_sent)s::bigint[],
-    %(package_size_bytes)s::bigint[], %(request_id)s::text[], %(bytes_acknowledged)s::bigint[],
-    %(reason)s::text[], %(method)s::text[], %(daemon_id)s::uuid[]
-  )
- ORDER BY 1
-ON CONFLICT (event_id) DO UPDATE
-   SET duration_seconds = excluded.duration_seconds,
-       received = excluded.received,
-       bytes_sent = excluded.bytes_sent,
-       bytes_acknowledged = excluded.bytes_acknowledged,
-       updated_at = now()
- WHERE known.outcome = 'running'
-"""
-
-_FIND_RUNNING = """
-SELECT event_id, job_id, user_id, started_at, duration_seconds, http_status, requested::text, received::text,
-       bytes_sent, package_size_bytes, request_id, bytes_acknowledged, method, daemon_id
-  FROM download_events
- WHERE outcome = 'running'
-   AND (daemon_id = ANY (%s::uuid[]) OR updated_at < now() - make_interval(secs => %s))
-"""
-
 # In small batches, so that no statement waits for a lock. Locked rows are left for the next run.
 _PRUNE_EVENTS = """
 WITH old AS (
@@ -340,31 +306,6 @@ SELECT count(*) AS pruned FROM pruned
 """
 _PRUNED_AT_ONCE = 5000
 
-MAX_BATCH_SIZE = 500
-# Of one principal's partial deliveries, because each is compared with each.
-_MAX_SHARE = 50
-
-
-def one_statement() -> Callable[[DownloadEvent], bool]:
-    """Returns a function that says whether an event may join a statement. It bounds the statement's work and
-    keeps each principal's order."""
-    taken: set[UUID] = set()
-    partial: Counter[tuple[UUID, str]] = Counter()
-    # Principals with a waiting event, which later events must not overtake.
-    behind: set[tuple[UUID, str]] = set()
-
-    def may_join(event: DownloadEvent) -> bool:
-        principal = (event.job_id, event.user_id)
-        is_full = len(taken) == MAX_BATCH_SIZE or partial[principal] == _MAX_SHARE
-        if is_full or principal in behind or event.event_id in taken:
-            behind.add(principal)
-            return False
-        partial[principal] += not event.is_whole
-        taken.add(event.event_id)
-        return True
-
-    return may_join
-
 
 async def record_downloads(database: Database, events: Sequence[DownloadEvent]) -> None:
     """Records finished deliveries and counts them, one after the other, in one transaction. Each id occurs
@@ -373,7 +314,7 @@ async def record_downloads(database: Database, events: Sequence[DownloadEvent]) 
     Idempotent by ``event_id``. Raises DatabaseError.
     """
     if events:
-        columns = _columns(events)
+        columns = columns_of(events)
         columns["is_whole"] = [event.is_whole for event in events]
         is_done = False
         if all(columns["is_whole"]):
@@ -381,39 +322,6 @@ async def record_downloads(database: Database, events: Sequence[DownloadEvent]) 
         if not is_done:
             # If all of them were recorded before, this costs a statement and changes nothing.
             await database.fetch_all(_LOCK_JOBS + RECORD_DOWNLOADS, columns)
-
-
-async def checkpoint_downloads(database: Database | Session, events: Sequence[DownloadEvent]) -> None:
-    """Writes checkpoints of running deliveries. Does not touch those that have ended.
-
-    Raises DatabaseUnavailable.
-    """
-    latest = {event.event_id: event for event in events}
-    if latest:
-        await database.fetch_all(_CHECKPOINT_DOWNLOADS, _columns(list(latest.values())))
-
-
-async def find_lost(
-    database: Database, ended: Sequence[UUID], lost_after_seconds: float
-) -> list[DownloadEvent]:
-    """Returns the running deliveries of the daemons ``ended``, and those without a checkpoint for long, as
-    events with outcome ``lost``.
-
-    Raises DatabaseUnavailable.
-    """
-    rows = await database.fetch_all(_FIND_RUNNING, (list(ended), lost_after_seconds))
-    return [
-        read(
-            DownloadEvent,
-            row,
-            outcome=Outcome.LOST,
-            requested=_parse_multirange(row.requested),
-            received=_parse_multirange(row.received),
-            reason="the daemon was killed",
-            method=row.method and Method(row.method),
-        )
-        for row in rows
-    ]
 
 
 async def prune_events(database: Database, event_days: int) -> int:
@@ -430,7 +338,8 @@ async def prune_events(database: Database, event_days: int) -> int:
             return total
 
 
-def _columns(events: Sequence[DownloadEvent]) -> dict[str, list[object]]:
+def columns_of(events: Sequence[DownloadEvent]) -> dict[str, list[object]]:
+    """The events as parameters: an array for each column."""
     columns: dict[str, list[object]] = {
         name: [getattr(event, name) for event in events] for name in DownloadEvent.__slots__
     }
@@ -441,7 +350,3 @@ def _columns(events: Sequence[DownloadEvent]) -> dict[str, list[object]]:
 
 def _multirange(parts: Sequence[tuple[int, int]]) -> str:
     return "{" + ",".join(f"[{start},{stop})" for start, stop in parts) + "}"
-
-
-def _parse_multirange(text: str) -> tuple[tuple[int, int], ...]:
-    return tuple((int(start), int(stop)) for start, stop in re.findall(r"\[(\d+),(\d+)\)", text))

@@ -2,7 +2,7 @@
 
 import math
 
-from exportd.counting.record import checkpoint_downloads
+from exportd.counting.running import checkpoint_downloads
 from exportd.db.pool import Database, Session
 from exportd.domain.delivery import DownloadEvent
 

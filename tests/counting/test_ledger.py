@@ -15,7 +15,8 @@ import pytest
 import structlog
 
 from exportd.counting.ledger import DownloadLedger, open_ledger
-from exportd.counting.record import checkpoint_downloads, record_downloads
+from exportd.counting.record import record_downloads
+from exportd.counting.running import checkpoint_downloads
 from exportd.counting.spool import Spool
 from exportd.db.jobs import CompletedJob, JobFinder, record_completed_job
 from exportd.db.migrate import migrate_up

@@ -14,7 +14,7 @@ import pytest
 import structlog
 
 from exportd.counting.ledger import DownloadLedger, open_ledger
-from exportd.counting.record import checkpoint_downloads
+from exportd.counting.running import checkpoint_downloads
 from exportd.counting.spool import Spool
 from exportd.db.pool import Database
 from exportd.domain.delivery import Outcome

@@ -11,7 +11,9 @@ import pytest
 from psycopg2.extras import register_uuid
 
 from exportd.counting import record as downloads
-from exportd.counting.record import checkpoint_downloads, one_statement, record_downloads
+from exportd.counting.grouping import one_statement
+from exportd.counting.record import record_downloads
+from exportd.counting.running import checkpoint_downloads
 from exportd.db.pool import Database
 from exportd.domain.delivery import DownloadEvent, Outcome
 from tests.counting.test_ledger import completed_job, count, event, lost, part
@@ -167,7 +169,7 @@ def nodes(plan: dict[str, Any]) -> list[dict[str, Any]]:
 
 def rows_read(dsn: str, events: list[DownloadEvent]) -> float:
     """How many rows of the events' table the record of those looks at."""
-    columns = downloads._columns(events) | {"is_whole": [event.is_whole for event in events]}
+    columns = downloads.columns_of(events) | {"is_whole": [event.is_whole for event in events]}
     with psycopg2.connect(dsn) as connection, connection.cursor() as cursor:
         statement = f"EXPLAIN (ANALYZE, FORMAT JSON) {downloads.RECORD_DOWNLOADS}"
         cursor.execute(statement, columns)

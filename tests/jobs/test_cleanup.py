@@ -9,7 +9,8 @@ import pytest
 import structlog
 
 from exportd.counting import record as downloads
-from exportd.counting.record import checkpoint_downloads, prune_events, record_downloads
+from exportd.counting.record import prune_events, record_downloads
+from exportd.counting.running import checkpoint_downloads
 from exportd.db.pool import Database
 from exportd.jobs.cleanup import on_schedule
 from tests.counting.test_ledger import completed_job, count, event, part

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import structlog
 
-from exportd.counting.record import checkpoint_downloads, record_downloads
+from exportd.counting.record import record_downloads
+from exportd.counting.running import checkpoint_downloads
 from exportd.db.pool import Database
 from exportd.http.validators import http_date
 from exportd.jobs import cleanup as cleanup_module

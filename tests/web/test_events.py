@@ -13,7 +13,7 @@ import pytest
 import structlog
 
 from exportd.counting import ledger
-from exportd.counting.record import checkpoint_downloads
+from exportd.counting.running import checkpoint_downloads
 from exportd.db.pool import Database
 from exportd.jobs import hub
 from exportd.web.jobs import events
