@@ -3,6 +3,7 @@
 # make test-slow  the others: browsers, schemathesis, long measurements, large packages, the wheel
 # make cover      both, with branch coverage
 # make lint       formatting, lint, types, import layers
+# make lint-page  lint and formatting of the page's modules; needs Node.js 18
 # make fmt        format the code
 # make lock       write requirements.lock from what is installed
 # make lock-lowest  write it with the lowest versions that pyproject.toml allows, to test them
@@ -27,7 +28,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 INSTALLED := $(VENV)/installed-$(CONTENT)
 INSTALLED_DEV := $(VENV)/installed-dev-$(CONTENT)
 
-.PHONY: demo serve test test-slow cover lint fmt lock lock-lowest screenshots bench clean
+.PHONY: demo serve test test-slow cover lint lint-page fmt lock lock-lowest screenshots bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/exportd demo
@@ -50,6 +51,13 @@ lint: $(INSTALLED_DEV)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q -p no:randomly tests/test_layers.py
+
+lint-page: node_modules
+	npm run --silent lint
+
+node_modules: package.json
+	npm install --no-audit --no-fund --no-package-lock --silent
+	@touch $@
 
 fmt: $(INSTALLED_DEV)
 	$(BIN)/ruff format .
@@ -84,4 +92,4 @@ $(INSTALLED_DEV): | $(BIN)/python
 	@touch $(INSTALLED) $@
 
 clean:
-	rm -rf $(VENV) dist .coverage* .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) node_modules dist .coverage* .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -137,7 +137,12 @@ export class Client {
     const sent = token ? { ...headers, Authorization: `Bearer ${token}` } : headers;
     try {
       return await fetch(this.base + path, {
-        method, headers: sent, signal, cache: "no-store", credentials: "omit", referrerPolicy: "no-referrer",
+        method,
+        headers: sent,
+        signal,
+        cache: "no-store",
+        credentials: "omit",
+        referrerPolicy: "no-referrer",
       });
     } catch (error) {
       throw asLost(error);

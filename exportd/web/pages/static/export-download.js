@@ -15,7 +15,14 @@ import { Client } from "./client.js";
 import { h } from "./dom.js";
 import { sheet } from "./export-download-style.js";
 import { Transfer } from "./transfer.js";
-import { describeExpiry, explain, formatBytes, formatDuration, formatMoment, formatPercent } from "./words.js";
+import {
+  describeExpiry,
+  explain,
+  formatBytes,
+  formatDuration,
+  formatMoment,
+  formatPercent,
+} from "./words.js";
 
 const START_PATIENCE_MS = 15_000;
 
@@ -87,11 +94,20 @@ class ExportDownload extends HTMLElement {
     this.#life?.abort();
     const life = (this.#life = new AbortController());
     this.#transfer?.removeEventListener("change", this.#transferChanged);
-    this.#job = this.#error = this.#trouble = this.#transfer = this.#browser = this.#link = this.#following = null;
+    this.#job =
+      this.#error =
+      this.#trouble =
+      this.#transfer =
+      this.#browser =
+      this.#link =
+      this.#following =
+        null;
     this.#isAsking = this.#isSlowToStart = false;
     this.#parts.commands.open = false;
     const base = this.getAttribute("base") ?? new URL("/api/tool-registry", import.meta.url);
-    this.#client = new Client(base, (why) => (typeof this.#token === "function" ? this.#token(why) : this.#token));
+    this.#client = new Client(base, (why) =>
+      typeof this.#token === "function" ? this.#token(why) : this.#token,
+    );
     this.#render();
     if (!this.jobId || !this.#token) return;
     const transfer = await Transfer.find(this.#client, this.jobId);
@@ -140,14 +156,16 @@ class ExportDownload extends HTMLElement {
   #take(state) {
     this.#trouble = null;
     // An attempt's failure stays to be read, unless the package explains it now.
-    if (!this.#error?.isOfTheDownload || this.#job?.package?.state !== state.package?.state) this.#error = null;
+    if (!this.#error?.isOfTheDownload || this.#job?.package?.state !== state.package?.state)
+      this.#error = null;
     this.#job = state;
     if (this.#browser) {
       const before = this.#browser.state;
       this.#browser.take(state);
       const { state: now, received, total } = this.#browser;
       if (now === "running") this.#tell("export-progress", { received, total });
-      if (now === "done" && before !== "done") this.#tell("export-completed", { by: "browser", isVerified: false });
+      if (now === "done" && before !== "done")
+        this.#tell("export-completed", { by: "browser", isVerified: false });
     }
     this.#tell("export-changed", { job: state });
     this.#render();
@@ -186,7 +204,11 @@ class ExportDownload extends HTMLElement {
 
   async #downloadInPage() {
     try {
-      const transfer = await Transfer.start(this.#client, this.jobId, this.#job.package.fileName ?? "package.tar.gz");
+      const transfer = await Transfer.start(
+        this.#client,
+        this.jobId,
+        this.#job.package.fileName ?? "package.tar.gz",
+      );
       this.#browser = null;
       this.#adopt(transfer);
       this.#tell("export-started", { by: "page" });
@@ -260,7 +282,11 @@ class ExportDownload extends HTMLElement {
     const { error, isOfTheDownload } = this.#error ?? {};
     if (!this.#token) return { name: "signed-out", status: "You are signed out." };
     if (error && !isOfTheDownload) {
-      return { name: "failed", status: explain(error), actions: error.code === "UNAUTHENTICATED" ? [] : ["retry"] };
+      return {
+        name: "failed",
+        status: explain(error),
+        actions: error.code === "UNAUTHENTICATED" ? [] : ["retry"],
+      };
     }
     if (!this.#job) return { name: "loading", status: this.#trouble ? waiting(this.#trouble) : "Loading…" };
     const view = this.#viewOfTransfer() ?? this.#viewOfBrowser() ?? this.#viewOfJob();
@@ -273,7 +299,12 @@ class ExportDownload extends HTMLElement {
     const bar = transfer && { received: transfer.received, total: transfer.total, speed: transfer.speed };
     switch (transfer?.state) {
       case "checking":
-        return { name: "checking", status: "Looking at what has been saved…", bar, actions: ["pause", "cancel"] };
+        return {
+          name: "checking",
+          status: "Looking at what has been saved…",
+          bar,
+          actions: ["pause", "cancel"],
+        };
       case "running":
         return { name: "downloading", status: "Downloading", bar, actions: ["pause", "cancel"] };
       case "waiting":
@@ -297,7 +328,9 @@ class ExportDownload extends HTMLElement {
     const bar = browser && { received: browser.received, total: browser.total, speed: browser.speed };
     switch (browser?.state) {
       case "starting": {
-        const status = this.#isSlowToStart ? "Your browser has not begun to download." : "Your browser begins to download…";
+        const status = this.#isSlowToStart
+          ? "Your browser has not begun to download."
+          : "Your browser begins to download…";
         return { name: "starting", status, actions: this.#isSlowToStart ? ["open", "download"] : [] };
       }
       case "running": {
@@ -335,14 +368,26 @@ class ExportDownload extends HTMLElement {
       case "available": {
         const expiry = describeExpiry(expiresAt);
         const actions = ["download", ...(Transfer.isSupported ? ["save"] : [])];
-        return { name: expiry.isSoon ? "expiring" : "ready", status: `Ready: ${size}`, hint: expiry.text, actions };
+        return {
+          name: expiry.isSoon ? "expiring" : "ready",
+          status: `Ready: ${size}`,
+          hint: expiry.text,
+          actions,
+        };
       }
       case "expired":
         return { ...disabled, status: `The package expired on ${formatMoment(expiresAt)}.` };
       case "deleted":
-        return { ...disabled, status: `The package ${expiresAt ? `expired on ${formatMoment(expiresAt)} and ` : ""}was deleted.` };
+        return {
+          ...disabled,
+          status: `The package ${expiresAt ? `expired on ${formatMoment(expiresAt)} and ` : ""}was deleted.`,
+        };
       case "suspect":
-        return { ...disabled, name: "suspect", status: "The package changed after it was made, so it is not handed out." };
+        return {
+          ...disabled,
+          name: "suspect",
+          status: "The package changed after it was made, so it is not handed out.",
+        };
     }
     return { name: "unknown", status: `The export is ${job.status}.`, actions: ["retry"] };
   }
@@ -355,7 +400,11 @@ class ExportDownload extends HTMLElement {
       if (!this.#isAsking) action().catch((error) => this.#fail(error, { isOfTheDownload: true }));
     };
     const button = (part, text, action, kind = "secondary") =>
-      h("button", { part: `button ${kind} ${part}`, type: "button", className: kind, onclick: act(action) }, text);
+      h(
+        "button",
+        { part: `button ${kind} ${part}`, type: "button", className: kind, onclick: act(action) },
+        text,
+      );
     const actions = {
       download: button("download", "Download package", () => this.#downloadByBrowser(), "primary"),
       save: button("save", "Download in this page", () => this.#downloadInPage()),
@@ -363,9 +412,18 @@ class ExportDownload extends HTMLElement {
       pause: button("pause", "Pause", () => this.#transfer.pause()),
       cancel: button("cancel", "Cancel", () => this.#transfer.cancel()),
       again: button("again", "Export again", () => this.#exportAgain(), "primary"),
-      newer: button("newer", "Show the newer export", async () => this.#goOnWith(this.#job.reExportedAs), "primary"),
+      newer: button(
+        "newer",
+        "Show the newer export",
+        async () => this.#goOnWith(this.#job.reExportedAs),
+        "primary",
+      ),
       retry: button("retry", "Try again", () => this.#restart(), "primary"),
-      open: h("a", { part: "button primary open", className: "primary", target: "_blank", rel: "noopener" }, "Open the link"),
+      open: h(
+        "a",
+        { part: "button primary open", className: "primary", target: "_blank", rel: "noopener" },
+        "Open the link",
+      ),
     };
     const parts = {
       actions,
@@ -381,7 +439,13 @@ class ExportDownload extends HTMLElement {
     parts.row = h("div", { className: "row" }, parts.bar, parts.numbers);
     parts.commands.append(parts.lines);
     parts.commands.addEventListener("toggle", () => this.#showCommands());
-    root.append(parts.status, parts.row, parts.hint, h("div", { className: "actions" }, Object.values(actions)), parts.commands);
+    root.append(
+      parts.status,
+      parts.row,
+      parts.hint,
+      h("div", { className: "actions" }, Object.values(actions)),
+      parts.commands,
+    );
     this.#parts = parts;
   }
 
@@ -397,7 +461,8 @@ class ExportDownload extends HTMLElement {
     row.hidden = !view.bar;
     if (view.bar) {
       const { received, total, speed } = view.bar;
-      const fraction = view.bar.fraction === undefined ? (total ? received / total : null) : view.bar.fraction;
+      const fraction =
+        view.bar.fraction === undefined ? (total ? received / total : null) : view.bar.fraction;
       if (fraction === null) bar.removeAttribute("value");
       else bar.value = fraction;
       bar.setAttribute("aria-label", view.status);
@@ -413,7 +478,9 @@ class ExportDownload extends HTMLElement {
     commands.hidden = !this.hasAttribute("commands") || this.#job?.package?.state !== "available";
     // Who went by keyboard goes on from where the button was.
     if (focused?.hidden || focused?.disabled) {
-      Object.values(actions).find((element) => !element.hidden && !element.disabled)?.focus();
+      Object.values(actions)
+        .find((element) => !element.hidden && !element.disabled)
+        ?.focus();
     }
   }
 
@@ -426,7 +493,11 @@ class ExportDownload extends HTMLElement {
       const { fileName, sha256 } = this.#job.package;
       const name = fileName ?? "package.tar.gz";
       lines.replaceChildren(
-        h("p", {}, `The link starts a download until ${formatMoment(expiresAt)}. The same line again resumes it.`),
+        h(
+          "p",
+          {},
+          `The link starts a download until ${formatMoment(expiresAt)}. The same line again resumes it.`,
+        ),
         commandLine("curl", `curl -f -C - --retry 9 --retry-all-errors -o '${name}' '${url}'`),
         ...(sha256 ? [commandLine("sha256sum", `echo '${sha256}  ${name}' | sha256sum -c`)] : []),
       );

@@ -9,11 +9,23 @@ import { describeExpiry, explain, formatMoment } from "./words.js";
 
 const LOOK_MS = 2_000;
 const UNDER_WAY = ["pending", "processing"];
-const STATUS_WORDS = { pending: "Waiting", processing: "Being made", completed: "Completed", failed: "Failed" };
+const STATUS_WORDS = {
+  pending: "Waiting",
+  processing: "Being made",
+  completed: "Completed",
+  failed: "Failed",
+};
 const PACKAGE_WORDS = { available: "Ready", expired: "Expired", deleted: "Expired", suspect: "Withheld" };
 
 const find = (id) => document.getElementById(id);
-const [list, more, stateBox, signInForm, filter, trouble] = ["exports", "more", "state", "sign-in", "status-filter", "trouble"].map(find);
+const [list, more, stateBox, signInForm, filter, trouble] = [
+  "exports",
+  "more",
+  "state",
+  "sign-in",
+  "status-filter",
+  "trouble",
+].map(find);
 const base = document.querySelector('meta[name="exportd-base"]').content;
 const client = new Client(base, currentToken);
 /** By job id, in the order shown: the job, its row, and its dialog once it was opened. */
@@ -91,11 +103,16 @@ function describeRow(job) {
     ["By", job.userId],
   ];
   return {
-    status: UNDER_WAY.includes(job.status) || job.status === "failed" ? STATUS_WORDS[job.status] : PACKAGE_WORDS[state] ?? job.status,
+    status:
+      UNDER_WAY.includes(job.status) || job.status === "failed"
+        ? STATUS_WORDS[job.status]
+        : (PACKAGE_WORDS[state] ?? job.status),
     kind: state ?? job.status,
     fraction: job.status === "processing" && job.percent !== null ? job.percent / 100 : null,
     facts: facts.filter(([, value]) => value),
-    expiry: expiry?.text ?? (["expired", "deleted"].includes(state) && expiresAt ? describeExpiry(expiresAt).text : ""),
+    expiry:
+      expiry?.text ??
+      (["expired", "deleted"].includes(state) && expiresAt ? describeExpiry(expiresAt).text : ""),
     isSoon: Boolean(expiry?.isSoon),
   };
 }
@@ -108,17 +125,30 @@ function renderRow({ job, row }) {
   const { status, kind, fraction, facts, expiry, isSoon } = describeRow(job);
   const hadFocus = row.contains(document.activeElement);
   const tool = job.tool || "Export";
-  const open = h("button", { type: "button", onclick: () => openDialog(job.jobId) }, kind === "available" ? "Download…" : "Details…");
+  const open = h(
+    "button",
+    { type: "button", onclick: () => openDialog(job.jobId) },
+    kind === "available" ? "Download…" : "Details…",
+  );
   // The visible words first, so that who speaks to the browser can say them.
-  open.setAttribute("aria-label", `${open.textContent} ${tool}, ${job.createdAt ? formatMoment(job.createdAt) : job.jobId}`);
-  const bar = UNDER_WAY.includes(job.status) && h("progress", { max: 1, ...(fraction !== null && { value: fraction }) });
+  open.setAttribute(
+    "aria-label",
+    `${open.textContent} ${tool}, ${job.createdAt ? formatMoment(job.createdAt) : job.jobId}`,
+  );
+  const bar =
+    UNDER_WAY.includes(job.status) &&
+    h("progress", { max: 1, ...(fraction !== null && { value: fraction }) });
   if (bar) bar.setAttribute("aria-label", `${tool}: ${status}`);
   row.replaceChildren(
     ...[
       h("h2", {}, tool),
       h("p", { className: `badge ${kind}` }, fraction === null ? status : `${status}: ${job.percent} %`),
       bar,
-      h("dl", {}, facts.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)))),
+      h(
+        "dl",
+        {},
+        facts.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value))),
+      ),
       expiry && h("p", { className: isSoon ? "expiry soon" : "expiry" }, expiry),
       job.failureReason && h("p", { className: "error" }, job.failureReason),
       open,
@@ -216,12 +246,20 @@ function showSkeleton() {
 function showEmpty() {
   showState(
     h("h2", {}, filter.value ? "No export is in this state" : "No exports yet"),
-    h("p", {}, filter.value ? "Others may be: show all." : "What you export in your application appears here."),
+    h(
+      "p",
+      {},
+      filter.value ? "Others may be: show all." : "What you export in your application appears here.",
+    ),
   );
 }
 
 function showError(error) {
-  const heading = !navigator.onLine ? "You are offline" : error.isPassing ? "The service cannot be reached" : "Your exports cannot be shown";
+  const heading = !navigator.onLine
+    ? "You are offline"
+    : error.isPassing
+      ? "The service cannot be reached"
+      : "Your exports cannot be shown";
   showState(
     h("h2", {}, heading),
     h("p", {}, explain(error)),
@@ -256,7 +294,9 @@ function showSignedIn() {
 }
 
 function begin() {
-  const { jobId } = takeFragment(() => confirm("You are signed in. Sign out, and sign in with the token of this address?"));
+  const { jobId } = takeFragment(() =>
+    confirm("You are signed in. Sign out, and sign in with the token of this address?"),
+  );
   if (!showSignedIn()) return;
   load();
   if (jobId) openDialog(jobId);

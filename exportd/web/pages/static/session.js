@@ -14,7 +14,11 @@ export function takeFragment(mayReplace) {
   if (fields.has("token")) {
     const given = fields.get("token");
     fields.delete("token");
-    history.replaceState(null, "", `${location.pathname}${location.search}${fields.size ? `#${fields}` : ""}`);
+    history.replaceState(
+      null,
+      "",
+      `${location.pathname}${location.search}${fields.size ? `#${fields}` : ""}`,
+    );
     if (!token || isSameBearer(given, token) || mayReplace()) signIn(given);
   }
   return { jobId: fields.get("job") };
@@ -42,7 +46,9 @@ function isSameBearer(one, other) {
 
 function readClaims(given) {
   try {
-    const { exp, iat, nbf, jti, ...claims } = JSON.parse(atob(given.split(".")[1].replace(/-/g, "+").replace(/_/g, "/")));
+    const { exp, iat, nbf, jti, ...claims } = JSON.parse(
+      atob(given.split(".")[1].replace(/-/g, "+").replace(/_/g, "/")),
+    );
     return JSON.stringify(Object.entries(claims).sort());
   } catch {
     return null;

@@ -75,7 +75,11 @@ export class Transfer extends EventTarget {
 
   /** Asks where to save, and begins. Call it in a click. Throws AbortError where the user chooses nothing. */
   static async start(client, jobId, fileName) {
-    const handle = await window.showSaveFilePicker({ id: "exportd", startIn: "downloads", suggestedName: fileName });
+    const handle = await window.showSaveFilePicker({
+      id: "exportd",
+      startIn: "downloads",
+      suggestedName: fileName,
+    });
     const transfer = new Transfer(client, jobId, handle);
     transfer.#begin();
     return transfer;
@@ -184,7 +188,11 @@ export class Transfer extends EventTarget {
   async #receive(signal) {
     if (this.received === this.total) return;
     this.#enter("running");
-    const response = await this.#client.openPackage(this.#jobId, { start: this.received, etag: this.#etag, signal });
+    const response = await this.#client.openPackage(this.#jobId, {
+      start: this.received,
+      etag: this.#etag,
+      signal,
+    });
     if (response.status !== 206) this.#startAgain();
     else if (!response.headers.get("Content-Range")?.startsWith(`bytes ${this.received}-`)) {
       throw new TransferError("PACKAGE_CHANGED");
@@ -211,7 +219,10 @@ export class Transfer extends EventTarget {
 
   async #open() {
     try {
-      const file = await this.#handle.createWritable({ keepExistingData: this.received > 0, mode: "exclusive" });
+      const file = await this.#handle.createWritable({
+        keepExistingData: this.received > 0,
+        mode: "exclusive",
+      });
       if (this.received) await file.seek(this.received);
       return file;
     } catch (error) {
@@ -255,7 +266,11 @@ export class Transfer extends EventTarget {
 
   #save() {
     const saved = {
-      handle: this.#handle, etag: this.#etag, digest: this.#digest, total: this.total, received: this.#committed,
+      handle: this.#handle,
+      etag: this.#etag,
+      digest: this.#digest,
+      total: this.total,
+      received: this.#committed,
     };
     // Where nothing can be kept (private windows), only a reload cannot be survived.
     return set(this.#key, saved, savedTransfers()).catch(() => {});

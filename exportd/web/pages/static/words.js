@@ -24,7 +24,9 @@ export function formatDuration(seconds) {
 
 /** A moment in the reader's own time zone and way of writing. */
 export function formatMoment(moment) {
-  return new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "short" }).format(new Date(moment));
+  return new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "short" }).format(
+    new Date(moment),
+  );
 }
 
 /** Rounded down: what is not there yet is not said to be. */
@@ -44,7 +46,11 @@ export function describeExpiry(expiresAt, now = Date.now()) {
 function formatDistance(milliseconds) {
   const minutes = Math.max(1, Math.floor(milliseconds / 60_000));
   const [count, unit] =
-    minutes < 60 ? [minutes, "minute"] : minutes < 1440 ? [Math.floor(minutes / 60), "hour"] : [Math.floor(minutes / 1440), "day"];
+    minutes < 60
+      ? [minutes, "minute"]
+      : minutes < 1440
+        ? [Math.floor(minutes / 60), "hour"]
+        : [Math.floor(minutes / 1440), "day"];
   return `${count} ${unit}${count === 1 ? "" : "s"}`;
 }
 
@@ -59,7 +65,8 @@ const SENTENCES = {
       ? `The package expired on ${formatMoment(expiresAt)}. Export it again to get a new one.`
       : "The package was deleted. Export it again to get a new one.",
   LINK_EXPIRED: () => "The download link is no longer valid. Start the download again.",
-  FILE_NOT_FOUND: () => "The package is missing on the server. Export it again, or contact the operator of this service.",
+  FILE_NOT_FOUND: () =>
+    "The package is missing on the server. Export it again, or contact the operator of this service.",
   STORAGE_ERROR: () => "The server cannot read the package. Contact the operator of this service.",
   PACKAGE_AVAILABLE: () => "The package is still available. It needs no new export.",
   EXPORT_IN_PROGRESS: () => "It is being exported again already.",
@@ -81,7 +88,9 @@ const SENTENCES = {
 
 function when(seconds) {
   if (!seconds) return "later";
-  return seconds < 3600 ? `in ${formatDuration(seconds)}` : `from ${formatMoment(Date.now() + 1000 * seconds)} on`;
+  return seconds < 3600
+    ? `in ${formatDuration(seconds)}`
+    : `from ${formatMoment(Date.now() + 1000 * seconds)} on`;
 }
 
 /** A sentence or two for an error with a `code`; for one that is not known, the server's own. */
