@@ -39,8 +39,8 @@ class Spool:
         self._unwritten: list[DownloadEvent] = []
         self._position = 0
         self._lines = 0
-        # Events that the disk did not take, by identity, because one may be given twice.
-        self._homeless: dict[int, DownloadEvent] = {}
+        # Events that could not be written to the disk, by ``id``, because the same event may be passed twice.
+        self._kept: dict[int, DownloadEvent] = {}
         self._waiting: Counter[UUID] = Counter()
 
     @classmethod
@@ -120,8 +120,8 @@ class Spool:
             except RuntimeError:
                 # No thread can be started either.
                 self._unwritten += self._read_on()
-            new = {id(event): event for event in events if id(event) not in self._homeless}
-            self._homeless |= new
+            new = {id(event): event for event in events if id(event) not in self._kept}
+            self._kept |= new
             self._unwritten += new.values()
             self._waiting.update(event.job_id for event in new.values())
 
@@ -140,7 +140,7 @@ class Spool:
             self._unwritten = [event for event in self._unwritten if id(event) not in done]
             self._waiting -= Counter(event.job_id for event in gone)
             for event in gone:
-                self._homeless.pop(id(event), None)
+                self._kept.pop(id(event), None)
             if not self._unwritten and self._position == os.fstat(self._descriptor).st_size:
                 await asyncio.to_thread(self._empty)
                 self._position = self._lines = 0
@@ -149,7 +149,7 @@ class Spool:
     @property
     def unsaved(self) -> list[DownloadEvent]:
         """Events that are only in memory."""
-        return list(self._homeless.values())
+        return list(self._kept.values())
 
     def read(self) -> Iterator[DownloadEvent]:
         """Yields the events in the file. An incomplete last line was never acknowledged, so it is dropped.

@@ -25,7 +25,8 @@ class Chunks:
         self._observer = observer
 
     async def send(self, channel: Channel, package: OpenPackage, part: ByteRange) -> None:
-        """Sends one part, a few chunks ahead of the client at most. Returns when the kernel has every byte.
+        """Sends one part. At most a few chunks wait in memory for a slow client. Returns when the kernel
+        has every byte.
 
         Raises DeliveryAborted when the client is gone, PackageChanged before a chunk of a package that was
         written to, PackageUnreadable when it cannot be read.

@@ -16,8 +16,8 @@ from exportd.limits.fairness import share_by_group
 
 _LOOK_SECONDS = 0.25
 # A connection that takes less than this part of its rate is limited by its client. It is offered a little
-# more than it takes, to notice when it can take more. A user's connections share the least that they are
-# offered.
+# more than it takes, to notice when it can take more: ``_HEADROOM`` times as much, and its share of
+# ``_MIN_PART`` of the total rate, which a user's connections divide.
 _CONTENT = 0.75
 _HEADROOM = 1.3
 _MIN_PART = 0.01

@@ -5,7 +5,7 @@ from typing import Protocol
 
 
 class DeliveryAborted(Exception):
-    """The client disconnected before the last byte. The message says how."""
+    """The delivery ended before the last byte. The message says why."""
 
 
 class PackageUnreadable(Exception):

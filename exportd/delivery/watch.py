@@ -88,8 +88,8 @@ class Watch:
         self._all_is_sent = True
         is_encrypted = self._transport.get_extra_info("sslcontext") is not None
         pause = _FIRST_PAUSE_SECONDS
-        # Below TLS, uvloop's transport may hold bytes and offers no way to ask. It passes them on as soon as
-        # the socket takes them, so a queue that stays empty has ended.
+        # Below TLS, uvloop's transport may hold bytes and offers no way to ask. It writes them as soon as
+        # the socket has room. If the socket's queue stays empty, uvloop has nothing left to send.
         while self._queued_bytes() or (is_encrypted and not await self._stays_empty()):
             if self._has_connection_ended():
                 if self._queued_bytes() > (_MAX_ALERT_BYTES if is_encrypted else 0):

@@ -45,8 +45,8 @@ _BATCH = 50
 _BATCH_SECONDS = 0.5
 # The pause after a batch, as a multiple of the batch's duration.
 _REST = 2.0
-# The tolerated difference between this machine's clock and the database's, to tell which scheduled run this
-# is.
+# This machine's clock and the database's may differ by this much. The cleanup still recognises that a
+# scheduled run was already done.
 _CLOCK_TOLERANCE = timedelta(seconds=5)
 _MAX_NAMES = 100
 

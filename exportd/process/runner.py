@@ -45,8 +45,8 @@ def serve(
 
     The first signal stops accepting, and running requests may finish within ``drain_timeout_seconds``. A
     second one aborts them. ``make_app`` is called in each process that serves, ``on_started`` with the
-    address. ``companion`` runs beside the server. SIGHUP calls ``on_hangup`` in a single process, and
-    replaces several ones. ``max_connections`` 0 is as many as the limit on open files allows. Raises
+    address. ``companion`` runs beside the server. With one process, SIGHUP calls ``on_hangup``. With several,
+    it replaces all of them. ``max_connections`` 0 is as many as the limit on open files allows. Raises
     ServerError, and the exceptions of the application's start-up.
     """
     tls_context(settings)  # an unusable certificate is reported before the server starts

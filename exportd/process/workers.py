@@ -17,7 +17,7 @@ from exportd.telemetry.shared_metrics import SharedMetrics
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # After a drain: how long aborted downloads may take to be recorded.
 ABORT_SECONDS = 20.0
-# gunicorn replaces a worker whose event loop has not turned for this long, beyond the time of a drain.
+# gunicorn kills and replaces a worker whose event loop was blocked for the time of a drain and this long.
 _HUNG_SECONDS = 60
 
 

@@ -277,7 +277,7 @@ class LinkSettings(Section):
 
 
 class LimitSettings(Section):
-    """Limits of a user or an address. 0 disables a limit."""
+    """Limits of a user, of an address, or of all. 0 disables a limit."""
 
     connections_per_address: Annotated[int, Field(ge=0)] = 256
     requests_per_minute_per_address: Annotated[int, Field(ge=0)] = 1200

@@ -29,7 +29,7 @@ async def check_permission(
     """Raises the error if the principal may not download the package now.
 
     ``may_resume``: unfinished downloads of an expired package may be resumed for the grace time. Then this
-    returns the error for a request that asks for the whole package again.
+    returns the error in place of raising it. The caller raises it if the request turns out to start over.
     """
     match decide_download(principal, job, request.app[SERVICES].settings.retention.resume_grace):
         case Decision.UNAUTHORIZED:

@@ -22,7 +22,8 @@ class StallGuard:
     def __init__(self, transport: asyncio.Transport, timeout_seconds: float) -> None:
         self._transport = transport
         self._interval = interval_seconds(timeout_seconds)
-        # A delivery's watch must be first: it may notice a stall two intervals late.
+        # Longer than ``delivery/watch.py`` waits, so that it aborts a stalled delivery first and records the
+        # reason. It may be two intervals late.
         self._timeout_seconds = timeout_seconds + 3 * self._interval
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None

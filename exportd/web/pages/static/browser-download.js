@@ -1,20 +1,20 @@
 import { SpeedMeter } from "./meter.js";
 
 /**
- * A download that the browser's own download manager makes, as the server tells of it: a page cannot see it.
+ * A download by the browser's own download manager. A page cannot see it, so the server reports its progress.
  *
- * `state`: `starting`, until the server has seen it; `running`; `interrupted`, which the browser may resume; `done`.
+ * `state`: `starting` until the server reports it; `running`; `interrupted`: the browser may resume it; `done`.
  */
 export class BrowserDownload {
   state = "starting";
-  /** Bytes that the server knows to have arrived, of `total`. */
+  /** Bytes that the client acknowledged, of `total`. */
   received = 0;
 
   #countBefore;
   #receivedBefore;
   #meter = new SpeedMeter();
 
-  /** `before`: the job's state before it began. */
+  /** `before`: the job's state before the download began. */
   constructor(before) {
     this.total = before.package.sizeBytes;
     this.#countBefore = before.downloadCount;
@@ -25,14 +25,14 @@ export class BrowserDownload {
     return this.#meter.speed;
   }
 
-  /** Takes the job's next state. */
+  /** Updates the download from the job's new state. */
   take({ downloads, downloadCount, bytesReceived }) {
     if (downloads.length) {
       this.state = "running";
       this.received = this.#sum(downloads, bytesReceived);
       this.#meter.add(this.received);
     } else if (downloadCount > this.#countBefore && bytesReceived <= this.#receivedBefore) {
-      // Parts that come together are cleared as they become whole.
+      // The server clears the progress when the parts complete the package.
       this.state = "done";
       this.received = this.total;
     } else if (this.state === "running" || bytesReceived > this.#receivedBefore) {
@@ -49,13 +49,13 @@ export class BrowserDownload {
   }
 }
 
-/** Gives an address to the browser's download manager. Call it in a click, or soon after. */
+/** Passes a URL to the browser's download manager. Call it in a click, or soon after one. */
 export function handToBrowser(url) {
   const anchor = document.createElement("a");
   anchor.href = url;
   anchor.rel = "noopener noreferrer";
   if (new URL(url).origin === location.origin) anchor.download = "";
-  // A tab that becomes a download closes by itself; one that shows an error costs this page nothing.
+  // The browser closes a tab that becomes a download. An error appears in that tab and not in this page.
   else anchor.target = "_blank";
   anchor.click();
 }

@@ -2,16 +2,16 @@
 
 import { createParser } from "./vendor/eventsource-parser/index.js";
 
-// The server says something every fifteen seconds.
+// The server sends a comment at least every fifteen seconds.
 const SILENCE_MS = 40_000;
 const LONGEST_WAIT_MS = 30_000;
-// A browser opens six connections to a host, and downloads need some: who comes later looks now and then.
+// A browser opens at most six connections to a host, and downloads need some of them. Further elements poll.
 const MOST_STREAMS = 2;
 const LOOK_MS = 3_000;
 
 let streams = 0;
 
-/** An answer that is an error: `code`, `status`, and in `details` the rest of its body. */
+/** An error response: `code`, `status`, and in `details` the rest of its body. */
 export class ApiError extends Error {
   constructor(status, details, retryAfterSeconds) {
     super(details.message ?? `The server answered ${status}`);
@@ -21,13 +21,13 @@ export class ApiError extends Error {
     this.retryAfterMs = 1000 * (retryAfterSeconds || 0);
   }
 
-  /** Whether the same request may well succeed soon. */
+  /** Whether the error is temporary. */
   get isPassing() {
     return [429, 502, 503, 504].includes(this.status) && this.code !== "QUOTA_EXCEEDED";
   }
 }
 
-/** No answer came, or it broke off. */
+/** No response arrived, or its connection broke. */
 export class ConnectionLost extends Error {
   constructor(cause) {
     super("The connection is lost", { cause });
@@ -41,8 +41,8 @@ export class Client {
   #token;
 
   /**
-   * `base`: the address under which the API is mounted. `token`: a function that gives the bearer token, or a
-   * promise of it; after an answer 401 it is called again, with `{isRefused: true}`, for another one.
+   * `base`: the URL of the API. `token`: a function that returns the bearer token, or a promise of it. After a
+   * 401 the client calls it again, with `{isRefused: true}`, for another token.
    */
   constructor(base, token) {
     this.base = new URL(base, document.baseURI).href.replace(/\/$/, "");
@@ -59,26 +59,26 @@ export class Client {
     return (await this.#request(this.#path(jobId), { signal })).json();
   }
 
-  /** A link that needs no token: `{url, expiresAt, resumeUntil}`, its address absolute. */
+  /** A link that needs no token: `{url, expiresAt, resumeUntil}`. The URL is absolute. */
   async makeLink(jobId) {
     const link = await (await this.#request(this.#path(jobId, "/download-link"), { method: "POST" })).json();
     return { ...link, url: new URL(link.url, this.base).href };
   }
 
-  /** The new job. */
+  /** Exports again. Returns the new job. */
   async exportAgain(jobId) {
     return (await this.#request(this.#path(jobId, "/re-export"), { method: "POST" })).json();
   }
 
-  /** The package from byte `start` on, of the version that has the `etag` if one is given. */
+  /** The package from byte `start` on. If `etag` is given, only of that version. */
   async openPackage(jobId, { start = 0, etag, signal }) {
     const headers = start ? { Range: `bytes=${start}-`, ...(etag && { "If-Range": etag }) } : {};
     return this.#request(this.#path(jobId, "/download"), { headers, signal });
   }
 
   /**
-   * The job's states, now and at each change, until `signal` aborts. Goes on by itself when the connection is
-   * lost, after telling `onLost` of it; throws ApiErrors that waiting does not mend.
+   * The job's states, now and at each change, until `signal` aborts. Calls `onLost` when the connection is lost,
+   * and reconnects. Throws an ApiError that is not temporary.
    */
   async *follow(jobId, { signal, onLost = () => {} }) {
     let failures = 0;
@@ -102,7 +102,7 @@ export class Client {
       } catch (error) {
         if (signal.aborted) return;
         if (!error.isPassing) throw error;
-        // One that is crowded out has only heard nothing new.
+        // A polling element ends its stream after a few seconds. That is no lost connection.
         if (!isCrowded) {
           failures += 1;
           onLost(error);
@@ -150,7 +150,7 @@ export class Client {
   }
 }
 
-/** The chunks of a body. Throws ConnectionLost where it breaks off, or nothing comes for `silenceMs`. */
+/** The chunks of a body. Throws ConnectionLost if the connection breaks, or is silent for `silenceMs`. */
 export async function* readChunks(response, silenceMs = SILENCE_MS) {
   const reader = response.body.getReader();
   try {
@@ -184,12 +184,12 @@ function asLost(error) {
   return error instanceof TypeError ? new ConnectionLost(error) : error;
 }
 
-/** How long to wait after so many failures in a row, the last of them `error`. */
+/** How long to wait after a number of failures in a row. `error` is the last one. */
 export function pauseAfter(failures, error) {
   return Math.max(error.retryAfterMs, Math.min(LONGEST_WAIT_MS, 500 * 2 ** failures));
 }
 
-/** Waits, and no longer than until the network is back or `signal` aborts. */
+/** Waits until the time is over, the network is back, or `signal` aborts. */
 export function wait(milliseconds, signal) {
   return new Promise((resolve) => {
     const timer = setTimeout(done, milliseconds);

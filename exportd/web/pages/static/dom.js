@@ -1,4 +1,4 @@
-/** An element with properties and children. Texts stay texts: nothing here makes markup of them. */
+/** An element with properties and children. Strings become text nodes, never markup. */
 export function h(name, properties = {}, ...children) {
   const element = document.createElement(name);
   for (const [key, value] of Object.entries(properties)) {

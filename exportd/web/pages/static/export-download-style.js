@@ -1,4 +1,4 @@
-/** The component's style sheet: built in script, so that a host's policy need not allow inline styles. */
+/** The component's style sheet. Script builds it, so that a host's Content-Security-Policy may forbid inline styles. */
 export const sheet = new CSSStyleSheet();
 
 sheet.replaceSync(`

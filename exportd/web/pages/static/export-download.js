@@ -1,13 +1,13 @@
 /**
  * `<export-download job-id="…">`: the button that downloads an export's package, for any page.
  *
- * Attributes: `job-id`; `base`, the address of the API (by default `/api/tool-registry` on the host this script
- * comes from); `commands`, to offer command lines too. Property `token`: the bearer token, or a function that gives
- * it or a promise of it, called with `{isRefused: true}` when the last one was refused.
+ * Attributes: `job-id`; `base`, the URL of the API (by default `/api/tool-registry` on the host of this
+ * script); `commands`, to offer command lines too. Property `token`: the bearer token, or a function that returns
+ * it or a promise of it. The element calls it with `{isRefused: true}` if the last token was rejected.
  *
  * Events, which bubble, with `jobId` in their `detail`: `export-started` (`by`: `browser` or `page`),
  * `export-progress` (`received`, `total`), `export-completed` (`by`, `isVerified`), `export-failed` (`code`,
- * `message`), `export-again` (`newJobId`; the element goes on with it), `export-changed` (`job`).
+ * `message`), `export-again` (`newJobId`; the element then shows that job), `export-changed` (`job`).
  */
 
 import { BrowserDownload, handToBrowser } from "./browser-download.js";
@@ -33,9 +33,9 @@ class ExportDownload extends HTMLElement {
   #client = null;
   #job = null;
   #error = null;
-  /** What the connection suffers from at the moment. */
+  /** The current connection error, or null. */
   #trouble = null;
-  /** One of ours at a time: a transfer in the page, or a download by the browser. */
+  /** At most one of these two is set: a transfer in the page, or a download by the browser. */
   #transfer = null;
   #browser = null;
   #link = null;
@@ -53,7 +53,7 @@ class ExportDownload extends HTMLElement {
 
   set token(token) {
     this.#token = token;
-    // Once signed in, what was refused is worth another try.
+    // A new token may be accepted where the last one was rejected.
     if (this.isConnected) this.#restart();
   }
 
@@ -65,14 +65,14 @@ class ExportDownload extends HTMLElement {
     this.setAttribute("job-id", jobId);
   }
 
-  /** Whether a download in the page would end with the page. */
+  /** True while a download runs inside the page. Leaving the page would interrupt it. */
   get isBusy() {
     return Boolean(this.#transfer?.isBusy);
   }
 
   connectedCallback() {
     this.#build();
-    // Set before this script came, it hides the property.
+    // A value that the host set before this script ran hides the property.
     if (Object.hasOwn(this, "token")) {
       this.#token = this.token;
       delete this.token;
@@ -89,7 +89,7 @@ class ExportDownload extends HTMLElement {
     if (this.isConnected && this.#parts && before !== after) this.#restart();
   }
 
-  /** Begins anew with the job, whatever was shown. */
+  /** Shows the job from the beginning. */
   async #restart() {
     this.#life?.abort();
     const life = (this.#life = new AbortController());
@@ -117,8 +117,8 @@ class ExportDownload extends HTMLElement {
   }
 
   /**
-   * Follows the job until it asks for nothing more to be told. The promise is of the first state: it is rejected
-   * with the error that is also shown.
+   * Follows the job until its state is final. Returns a promise of the first state. It rejects with the error that
+   * the element also shows.
    */
   #follow() {
     if (this.#following) return this.#following;
@@ -155,7 +155,7 @@ class ExportDownload extends HTMLElement {
 
   #take(state) {
     this.#trouble = null;
-    // An attempt's failure stays to be read, unless the package explains it now.
+    // The message of a failed attempt stays, unless the package's state now explains it.
     if (!this.#error?.isOfTheDownload || this.#job?.package?.state !== state.package?.state)
       this.#error = null;
     this.#job = state;
@@ -174,7 +174,7 @@ class ExportDownload extends HTMLElement {
   async #downloadByBrowser() {
     this.#ask();
     try {
-      // What is known before it begins tells afterwards what came of it.
+      // Read the job's state before the browser starts, so that later states can be compared with it.
       await this.#follow();
       this.#link = await this.#client.makeLink(this.jobId);
       this.#browser = new BrowserDownload(this.#job);
@@ -234,7 +234,7 @@ class ExportDownload extends HTMLElement {
     this.#render();
   };
 
-  /** Reads the job once more, since what is known of it has proved old. */
+  /** Reads the job again, because the known state is out of date. */
   #refresh() {
     this.#follow().catch(() => {});
   }
@@ -245,7 +245,7 @@ class ExportDownload extends HTMLElement {
       const { jobId } = await this.#client.exportAgain(this.jobId);
       this.#goOnWith(jobId);
     } catch (error) {
-      // Somebody was quicker: theirs is as good.
+      // Somebody else exported it again first. Use that job.
       if (error.status === 409 && error.details.jobId !== this.jobId) this.#goOnWith(error.details.jobId);
       else this.#fail(error, { isOfTheDownload: true });
     } finally {
@@ -258,7 +258,7 @@ class ExportDownload extends HTMLElement {
     this.jobId = jobId;
   }
 
-  /** An error of the job is shown in place of it, one of an attempt beside it. */
+  /** Shows an error of the job in its place, and an error of an attempt beside it. */
   #fail(error, { isOfTheDownload = false } = {}) {
     this.#tell("export-failed", { code: error.code ?? "UNKNOWN", message: explain(error) });
     this.#error = { error, isOfTheDownload };
@@ -277,7 +277,7 @@ class ExportDownload extends HTMLElement {
     this.#render();
   }
 
-  /** What is to be seen: a name for the state, a sentence, a bar, and what can be done. */
+  /** What the element shows: a name of the state, a sentence, a progress bar, and the actions. */
   #view() {
     const { error, isOfTheDownload } = this.#error ?? {};
     if (!this.#token) return { name: "signed-out", status: "You are signed out." };
@@ -454,7 +454,7 @@ class ExportDownload extends HTMLElement {
     const focused = this.shadowRoot.activeElement;
     const view = { actions: [], hint: "", ...this.#view() };
     this.setAttribute("state", view.name);
-    // A live region: what is the same is not said again.
+    // A live region: a screen reader would repeat an unchanged text.
     if (this.#status !== view.status) status.textContent = this.#status = view.status;
     hint.textContent = view.hint;
     hint.hidden = !view.hint;
@@ -473,10 +473,10 @@ class ExportDownload extends HTMLElement {
     }
     actions.download.disabled = Boolean(view.isDisabled);
     if (this.#link) actions.open.href = this.#link.url;
-    // Not disabled meanwhile, which would take the focus away.
+    // Do not disable the button: it would lose the focus.
     actions.download.setAttribute("aria-busy", this.#isAsking);
     commands.hidden = !this.hasAttribute("commands") || this.#job?.package?.state !== "available";
-    // Who went by keyboard goes on from where the button was.
+    // Keep the keyboard focus where the removed button was.
     if (focused?.hidden || focused?.disabled) {
       Object.values(actions)
         .find((element) => !element.hidden && !element.disabled)
@@ -529,7 +529,7 @@ function commandLine(name, text) {
       await navigator.clipboard.writeText(text);
       copy.textContent = "Copied";
     } catch {
-      // Where the browser forbids it, what is marked can be copied by hand.
+      // If the browser forbids it, the user can copy the selected text by hand.
       getSelection().selectAllChildren(code);
     }
   };

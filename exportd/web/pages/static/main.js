@@ -28,7 +28,7 @@ const [list, more, stateBox, signInForm, filter, trouble] = [
 ].map(find);
 const base = document.querySelector('meta[name="exportd-base"]').content;
 const client = new Client(base, currentToken);
-/** By job id, in the order shown: the job, its row, and its dialog once it was opened. */
+/** By job id, in the order shown: the job, its row, and its dialog after it was opened. */
 const entries = new Map();
 let cursor = null;
 let loading = null;
@@ -84,7 +84,7 @@ function addEntry(job) {
   return entry;
 }
 
-/** Takes news of a job, and shows what changed. */
+/** Updates a job, and shows what changed. */
 function update(job) {
   const entry = entries.get(job.jobId);
   if (!entry) return;
@@ -130,7 +130,7 @@ function renderRow({ job, row }) {
     { type: "button", onclick: () => openDialog(job.jobId) },
     kind === "available" ? "Download…" : "Details…",
   );
-  // The visible words first, so that who speaks to the browser can say them.
+  // The accessible name begins with the visible text, so that users of voice control can say it.
   open.setAttribute(
     "aria-label",
     `${open.textContent} ${tool}, ${job.createdAt ? formatMoment(job.createdAt) : job.jobId}`,
@@ -157,7 +157,7 @@ function renderRow({ job, row }) {
   if (hadFocus) open.focus();
 }
 
-/** Looks at the jobs that are being made until none is, one after the other and while somebody sees it. */
+/** Polls the jobs that are not finished, one after the other, while the page is visible. */
 async function keepLooking() {
   if (looking) return;
   looking = true;
@@ -179,7 +179,7 @@ async function keepLooking() {
   } finally {
     looking = null;
   }
-  // What one look met, the next may not.
+  // The error may be temporary, so try again.
   keepLooking();
 }
 
@@ -208,7 +208,7 @@ function makeDialog(job) {
   dialog.setAttribute("aria-labelledby", title.id);
   dialog.addEventListener("click", (event) => event.target === dialog && dialog.close());
   dialog.addEventListener("close", () => {
-    // A download in the page goes on without its dialog, and is found again in it.
+    // A download in the page continues when its dialog closes. The dialog shows it again when it opens.
     if (!download.isBusy) dialog.remove();
   });
   download.addEventListener("export-again", ({ detail }) => {
@@ -267,7 +267,7 @@ function showError(error) {
   );
 }
 
-/** What is shown stays, with a word on how old it may be. */
+/** Keeps the list, and says that it may be out of date. */
 function showTrouble(error) {
   trouble.hidden = !error && navigator.onLine;
   const sentence = navigator.onLine ? error && explain(error) : "You are offline.";

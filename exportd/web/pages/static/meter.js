@@ -1,6 +1,6 @@
 const WINDOW_MS = 5_000;
 
-/** How fast a number of bytes grows, lately. */
+/** The recent rate of a growing number of bytes. */
 export class SpeedMeter {
   #samples = [];
 
@@ -10,7 +10,7 @@ export class SpeedMeter {
     while (now - this.#samples[0].at > WINDOW_MS) this.#samples.shift();
   }
 
-  /** Bytes a second; 0 where that is not known. */
+  /** Bytes per second; 0 if unknown. */
   get speed() {
     const [first, last] = [this.#samples[0], this.#samples.at(-1)];
     return last?.at > first?.at ? (1000 * (last.received - first.received)) / (last.at - first.at) : 0;

@@ -1,12 +1,12 @@
-/** Who is signed in: a token from the address's fragment, kept in memory and for the tab's life. */
+/** The signed-in user: a token from the URL's fragment, kept in memory and in the tab's session storage. */
 
 const KEY = "exportd-token";
 let token = null;
 
 /**
- * The fragment's fields (`token`, `job`). The token leaves the address bar with this; the browser's history may keep
- * the address as it was opened. `mayReplace` is asked before somebody else's token takes the place of the present one:
- * anybody can send a link with a token of their own.
+ * The fragment's fields (`token`, `job`). Removes the token from the address bar; the browser's history may keep the
+ * URL as it was opened. Calls `mayReplace` before another user's token replaces the current one, because anybody can
+ * send a link with a token of their own.
  */
 export function takeFragment(mayReplace) {
   const fields = new URLSearchParams(location.hash.slice(1));
@@ -34,11 +34,11 @@ export function signIn(given) {
     if (token) sessionStorage.setItem(KEY, token);
     else sessionStorage.removeItem(KEY);
   } catch {
-    // Storage may be forbidden; then a reload signs out.
+    // The browser may forbid storage. Then a reload signs out.
   }
 }
 
-/** Whether two tokens say the same, but for their times. Which claim names the user, the page does not know. */
+/** Whether two tokens differ only in their times. The page does not know which claim names the user. */
 function isSameBearer(one, other) {
   const [first, second] = [one, other].map(readClaims);
   return one === other || (first !== null && first === second);

@@ -1,6 +1,6 @@
 /**
- * A download in the page, into a file that the user chose (File System Access API): with pause, resume also after
- * a reload, and the SHA-256 of what arrived. The package is never in memory but for the chunk under way.
+ * A download in the page, into a file that the user chose (File System Access API). It can be paused, can be resumed
+ * after a reload too, and checks the SHA-256. Only the current chunk is in memory.
  */
 
 import { ConnectionLost, pauseAfter, readChunks, wait } from "./client.js";
@@ -8,15 +8,15 @@ import { SpeedMeter } from "./meter.js";
 import { createStore, del, get, set } from "./vendor/idb-keyval/index.js";
 import { sha256 } from "./vendor/noble-hashes/sha2.js";
 
-// The browser keeps what is written apart until the file is closed; a reload loses it. Opening it again copies
-// the file, so it is closed each time it has grown by half: in all, twice its size is copied.
+// The browser writes into a copy until the file is closed, and a reload loses the copy. Opening the file again copies
+// it, so it is closed each time it has grown by half. In all, the browser copies twice its size.
 const LEAST_COMMIT_BYTES = 32 * 1024 * 1024;
 const BETWEEN_EVENTS_MS = 100;
 
 const live = new Map();
 let store;
 
-/** A failure on this side, by its code in words.js. */
+/** A failure in the browser, by its code in words.js. */
 class TransferError extends Error {
   constructor(code, cause) {
     super(code, { cause });
@@ -26,16 +26,16 @@ class TransferError extends Error {
 }
 
 /**
- * Fires `change`. `state`: `paused`; `checking`, while what is on disk is read again; `running`; `waiting`, to try
- * again after `error`; `done`; `failed`, with `error`; `cancelled`.
+ * Fires `change`. `state`: `paused`; `checking`: reads the file again; `running`; `waiting`: tries again after
+ * `error`; `done`; `failed`, with `error`; `cancelled`.
  */
 export class Transfer extends EventTarget {
   state = "paused";
   error = null;
-  /** Bytes that are written, of `total` (null: not known yet). */
+  /** Written bytes, of `total` (null: not known yet). */
   received = 0;
   total = null;
-  /** Of a done one: whether the server published a digest, which it then has. */
+  /** After completion: true if the server sent a digest. The file then matches it. */
   isVerified = false;
 
   #client;
@@ -73,7 +73,7 @@ export class Transfer extends EventTarget {
     return "showSaveFilePicker" in window;
   }
 
-  /** Asks where to save, and begins. Call it in a click. Throws AbortError where the user chooses nothing. */
+  /** Asks where to save, and starts. Call it in a click. Throws AbortError if the user chooses nothing. */
   static async start(client, jobId, fileName) {
     const handle = await window.showSaveFilePicker({
       id: "exportd",
@@ -85,12 +85,12 @@ export class Transfer extends EventTarget {
     return transfer;
   }
 
-  /** The job's transfer that is under way, or that an earlier visit left unfinished; or null. */
+  /** The job's running transfer, or the one that an earlier visit left unfinished, or null. */
   static async find(client, jobId) {
     const key = keyOf(client, jobId);
     if (live.has(key) || !Transfer.isSupported) return live.get(key) ?? null;
     const saved = await get(key, savedTransfers()).catch(() => undefined);
-    // Another call may have been quicker.
+    // Another call may have finished first.
     return live.get(key) ?? (saved ? new Transfer(client, jobId, saved.handle, saved) : null);
   }
 
@@ -98,29 +98,29 @@ export class Transfer extends EventTarget {
     return ["checking", "running", "waiting"].includes(this.state);
   }
 
-  /** Whether what has arrived is worth going on with. */
+  /** Whether the transfer can be resumed. */
   get canResume() {
     return live.get(this.#key) === this;
   }
 
-  /** Bytes a second, lately. */
+  /** The recent rate, in bytes per second. */
   get speed() {
     return this.#meter.speed;
   }
 
-  /** Stops, and keeps what has arrived. */
+  /** Stops, and keeps the file. */
   async pause() {
     this.#stop?.abort();
     await this.#running;
   }
 
-  /** Goes on. Call it in a click: after a reload the browser asks whether the file may be written. */
+  /** Resumes. Call it in a click: after a reload the browser asks for permission to write the file. */
   async resume() {
     if (this.isBusy) return;
     if ((await this.#handle.requestPermission({ mode: "readwrite" })) === "granted") this.#begin();
   }
 
-  /** Stops, and forgets all of it, the file too. */
+  /** Stops, and deletes the file and its record. */
   async cancel() {
     await this.pause();
     await this.#forget();
@@ -163,7 +163,7 @@ export class Transfer extends EventTarget {
     }
   }
 
-  /** Hashes what an earlier visit has written, which is all that is known to be there. */
+  /** Hashes the bytes that an earlier visit wrote. */
   async #readBack(signal) {
     this.#enter("checking");
     const file = await this.#handle.getFile().catch(cannotWrite);
@@ -242,7 +242,7 @@ export class Transfer extends EventTarget {
     this.#progressed();
   }
 
-  /** Closes the file, so that what is written stays. */
+  /** Closes the file, so that the browser keeps the written bytes. */
   async #commit() {
     if (!this.#file) return;
     const file = this.#file;
@@ -257,7 +257,7 @@ export class Transfer extends EventTarget {
     await this.#save();
   }
 
-  /** What was written since the file was last closed is gone. */
+  /** Discards the bytes written since the file was last closed. */
   #lostFile() {
     this.#file = null;
     this.#hash = null;
@@ -272,7 +272,7 @@ export class Transfer extends EventTarget {
       total: this.total,
       received: this.#committed,
     };
-    // Where nothing can be kept (private windows), only a reload cannot be survived.
+    // A private window may forbid storage. The transfer then works, but does not survive a reload.
     return set(this.#key, saved, savedTransfers()).catch(() => {});
   }
 

@@ -1,19 +1,19 @@
-/** What people read: sizes, times, and errors by their code. */
+/** The page's texts for sizes, times, and errors by their code. */
 
 const UNITS = ["B", "KB", "MB", "GB", "TB", "PB", "EB"];
 const WARNING_DAYS = 3;
 const DAY = 86_400_000;
 
-/** "12.5 MB": in units of 1024, to the letter as the server says it. */
+/** "12.5 MB", in units of 1024. The server writes sizes in exactly the same way. */
 export function formatBytes(count) {
   if (count < 1024) return `${count} B`;
   let unit = 0;
-  // 1023.95 would be shown as 1024.0 of its unit.
+  // Otherwise 1023.95 would appear as 1024.0 of its unit.
   for (; (count >= 1023.95 || !unit) && unit < UNITS.length - 1; unit += 1) count /= 1024;
   return `${count.toFixed(1)} ${UNITS[unit]}`;
 }
 
-/** "40 s", "3 min", "2 h 5 min": for what is only an estimate. */
+/** An estimated time: "40 s", "3 min", "2 h 5 min". */
 export function formatDuration(seconds) {
   if (seconds < 59.5) return `${Math.max(1, Math.round(seconds))} s`;
   const minutes = Math.round(seconds / 60);
@@ -22,19 +22,19 @@ export function formatDuration(seconds) {
   return `${Math.floor(minutes / 60)} h${rest ? ` ${rest} min` : ""}`;
 }
 
-/** A moment in the reader's own time zone and way of writing. */
+/** A time in the reader's time zone and locale. */
 export function formatMoment(moment) {
   return new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "short" }).format(
     new Date(moment),
   );
 }
 
-/** Rounded down: what is not there yet is not said to be. */
+/** Rounds down, so that 100 % appears only when every byte has arrived. */
 export function formatPercent(fraction) {
   return `${Math.floor(100 * Math.min(1, fraction))} %`;
 }
 
-/** When a package goes, and whether to warn of it: `{text, isSoon}`. */
+/** When a package expires, and whether that is soon: `{text, isSoon}`. */
 export function describeExpiry(expiresAt, now = Date.now()) {
   if (!expiresAt) return { text: "Kept without end", isSoon: false };
   const left = new Date(expiresAt) - now;
@@ -93,7 +93,7 @@ function when(seconds) {
     : `from ${formatMoment(Date.now() + 1000 * seconds)} on`;
 }
 
-/** A sentence or two for an error with a `code`; for one that is not known, the server's own. */
+/** The text for an error's `code`. An unknown code has the server's own message. */
 export function explain(error) {
   const sentence = SENTENCES[error.code];
   if (sentence) return sentence(error.details ?? {});
