@@ -110,7 +110,7 @@ def test_a_member_of_zeros_is_sound_and_takes_no_memory(tmp_path: Path) -> None:
         check_archive(opened, path, lambda _: None)
 
 
-def test_who_gives_up_leaves_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cancelled_check_leaves_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "ready.tar.gz"
     path.write_bytes(slow_archive())
 

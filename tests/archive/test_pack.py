@@ -240,7 +240,7 @@ def test_a_draft_that_is_not_kept_is_removed(folder: Path, storage: Path) -> Non
     assert left_in(storage) == []
 
 
-def test_what_a_killed_packer_left_is_removed_by_the_next(folder: Path, storage: Path) -> None:
+def test_the_next_packer_removes_files_of_a_killed_one(folder: Path, storage: Path) -> None:
     code = (
         "import os, signal, sys, uuid; from pathlib import Path;"
         "from exportd.archive.pack import draft_package;"

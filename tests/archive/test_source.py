@@ -70,7 +70,7 @@ def swap_for_a_fifo(source: Path, _: Path) -> None:
 
 
 @pytest.mark.parametrize("swap", [swap_folder, swap_inner_folder, swap_file, swap_top, swap_for_a_fifo])
-def test_what_takes_the_place_of_a_name_while_packing_is_not_followed(
+def test_a_symlink_that_replaces_a_name_during_packing_is_not_followed(
     source: Path, secrets: Path, storage: Path, swap: Callable[[Path, Path], None]
 ) -> None:
     has_begun = False
@@ -95,7 +95,7 @@ def test_what_takes_the_place_of_a_name_while_packing_is_not_followed(
 
 
 @pytest.mark.parametrize("name", ["a", "a/first.bin"])
-def test_what_takes_the_place_of_the_source_between_look_up_and_open_is_not_followed(
+def test_a_symlink_that_replaces_the_source_before_its_open_is_not_followed(
     source: Path, secrets: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     resolve = Path.resolve

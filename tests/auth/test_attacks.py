@@ -235,7 +235,7 @@ async def test_the_role_is_a_text_or_a_list(role: object, is_admin: bool) -> Non
 
 
 @pytest.mark.parametrize("path", ["role", "realm_access.roles", "https://example.com/role"])
-async def test_what_is_signed_here_verifies_here(path: str) -> None:
+async def test_a_signed_token_verifies(path: str) -> None:
     tokens = Tokens(Claims(user="sub", role=path), ["HS256"], secret=SECRET)
     assert await tokens.verify(tokens.sign("ann", "admin", 60)) == Principal("ann", True)
 
@@ -260,7 +260,7 @@ async def test_any_text_at_all_is_refused_in_words(text: str) -> None:
         st.sampled_from(["exp", "nbf", "aud", "iss", "userId", "role", "sub", "jti"]), inner
     ), max_leaves=20),
 )  # fmt: skip
-async def test_whatever_a_rightly_signed_token_holds_it_verifies_or_is_refused(
+async def test_any_claims_of_a_signed_token_verify_or_are_refused(
     header: dict[str, object], payload: object
 ) -> None:
     token = forged({"alg": "HS256"} | header, payload, SECRET.encode())
@@ -310,7 +310,7 @@ def test_a_key_set_gives_the_keys_that_verify_and_passes_over_the_rest() -> None
 @pytest.mark.parametrize(
     "document", [b"", b"[]", b"{}", b'{"keys": 5}', b'{"keys": []}', b'{"keys": [{}]}', b"<"]
 )
-def test_what_is_no_key_set_is_refused(document: bytes) -> None:
+def test_an_invalid_key_set_is_refused(document: bytes) -> None:
     with pytest.raises(UnusableKey):
         parse_jwks(document)
 

@@ -148,7 +148,7 @@ async def test_a_provider_that_is_away_at_the_start_is_asked_again(provider: Pro
         assert await tokens.verify(provider.token("first")) == ANN
 
 
-async def test_whoever_leaves_does_not_end_the_fetch_of_others(provider: Provider, url: str) -> None:
+async def test_a_cancelled_request_does_not_cancel_the_fetch_of_others(provider: Provider, url: str) -> None:
     async with verifying(url) as (tokens, remote):
         provider.keys["second"] = OTHER_RSA
         let_time_pass(remote)

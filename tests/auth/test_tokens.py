@@ -95,7 +95,7 @@ def test_processes_that_start_together_agree_on_the_secret(tmp_path: Path) -> No
     assert set(found) == {(tmp_path / "secret").read_text()}
 
 
-async def test_what_is_wrong_with_a_token_can_be_logged(tokens: Tokens) -> None:
+async def test_an_invalid_token_has_a_reason_for_the_log(tokens: Tokens) -> None:
     for token in NOT_TOKENS.values():
         with pytest.raises(InvalidToken) as raised:
             await tokens.verify(token)
@@ -151,7 +151,7 @@ class _Clock:
         return datetime.fromtimestamp(self._now, tz)
 
 
-async def test_what_is_remembered_is_bounded(tokens: Tokens, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_cache_of_tokens_is_bounded(tokens: Tokens, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("exportd.auth.tokens._MAX_REMEMBERED_TOKENS", 3)
     issued = [tokens.sign(f"user-{number}", None, 60) for number in range(10)]
     for token in issued:

@@ -258,7 +258,7 @@ async def test_an_empty_package_is_whole_at_once(database: Database) -> None:
     assert await count(database, job_id) == 1
 
 
-async def test_what_comes_in_together_is_written_together(
+async def test_concurrent_events_share_a_statement(
     database: Database, ledger: DownloadLedger, dsn: str
 ) -> None:
     job_id, _ = await completed_job(database)
@@ -416,7 +416,7 @@ async def test_a_resume_after_a_kill_tells_how_far_the_client_had_got(
     assert await count(database, job_id) == counted
 
 
-async def test_anothers_resume_tells_nothing(database: Database) -> None:
+async def test_a_resume_by_another_user_infers_no_bytes(database: Database) -> None:
     job_id, _ = await completed_job(database)
     await record_downloads(database, [lost(job_id, 0, 400, 1000)])
     await record_downloads(database, [part(job_id, 700, 1000, user_id="root")])
@@ -457,7 +457,7 @@ async def test_a_segment_that_takes_over_from_a_connection_tells_it_too(
     assert await count(database, job_id) == 1
 
 
-async def test_what_was_lost_before_the_last_whole_download_is_over(database: Database) -> None:
+async def test_a_loss_before_the_last_whole_download_infers_nothing(database: Database) -> None:
     job_id, _ = await completed_job(database)
     await record_downloads(database, [lost(job_id, 0, 400, 1000)])
     await record_downloads(database, [event(job_id)])
@@ -488,7 +488,7 @@ async def test_one_taken_for_lost_that_ends_after_all_is_counted_once(database: 
     assert query(dsn, "SELECT isempty(received) FROM download_progress") == [(True,)]
 
 
-async def test_what_a_killed_process_left_running_is_recorded_at_the_next_start(
+async def test_the_next_start_records_running_deliveries_of_a_killed_process(
     database: Database, dsn: str, tmp_path: Path
 ) -> None:
     job_id, _ = await completed_job(database)

@@ -76,7 +76,7 @@ async def test_a_job_settles_while_anothers_record_hangs(
     assert await count(database, hanging) == 1
 
 
-async def test_a_job_settles_with_the_end_of_what_its_client_has_whole(ledger: DownloadLedger) -> None:
+async def test_settle_waits_for_deliveries_whose_client_has_every_byte(ledger: DownloadLedger) -> None:
     job_id = uuid.uuid4()
     described = 0
 
@@ -99,7 +99,7 @@ async def test_a_job_settles_with_the_end_of_what_its_client_has_whole(ledger: D
     assert described == 2
 
 
-async def test_others_deliveries_are_not_looked_at(ledger: DownloadLedger) -> None:
+async def test_settle_ignores_deliveries_of_other_jobs(ledger: DownloadLedger) -> None:
     def asked() -> int:
         raise AssertionError
 
@@ -248,7 +248,7 @@ async def test_a_database_that_refuses_for_a_while_costs_no_count(
 
 
 @pytest.mark.usefixtures("quickly")
-async def test_whatever_goes_wrong_an_event_is_kept(
+async def test_an_event_is_kept_after_any_error(
     database: Database, ledger: DownloadLedger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job_id, _ = await completed_job(database)
@@ -274,7 +274,7 @@ async def test_whatever_goes_wrong_an_event_is_kept(
 
 @pytest.mark.usefixtures("quickly")
 @pytest.mark.parametrize("way", ["a whole one", "a part"])
-async def test_what_comes_later_waits_behind_what_the_dead_have_left(
+async def test_new_events_wait_behind_adopted_events_of_the_same_job(
     database: Database, dsn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
     monkeypatch.setattr("exportd.counting.ledger._START_SECONDS", 0.05)

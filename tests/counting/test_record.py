@@ -98,7 +98,7 @@ async def test_writing_together_counts_as_writing_one_after_the_other(
 
 @pytest.mark.parametrize("outcome", ["aborted", "lost"])
 @pytest.mark.parametrize("order", [[0, 1], [1, 0]])
-async def test_what_broke_off_and_its_resume_may_be_recorded_together(
+async def test_an_interrupted_delivery_and_its_resume_may_share_a_statement(
     database: Database, dsn: str, outcome: str, order: list[int]
 ) -> None:
     job_id, _ = await completed_job(database)
@@ -130,7 +130,7 @@ async def test_hundreds_of_one_principals_broken_connections_are_a_few_statement
     assert [len(group) for group in groups([*dropped, *others])] == [350, *[50] * 11]
 
 
-async def test_whoever_has_an_event_that_waits_is_not_overtaken_by_a_later_one() -> None:
+async def test_a_later_event_does_not_overtake_a_waiting_one_of_its_principal() -> None:
     job_id = uuid.uuid4()
     events = [part(job_id, number, number + 1) for number in range(51)]
     last = event(job_id)
@@ -206,7 +206,7 @@ async def test_a_record_looks_at_few_rows_whatever_the_principal_did_before(
 
 
 @pytest.mark.fresh_database
-async def test_of_progress_in_thousands_of_pieces_the_largest_are_kept(
+async def test_the_largest_pieces_of_a_scattered_progress_are_kept(
     history: uuid.UUID, database: Database, dsn: str
 ) -> None:
     await record_downloads(database, [part(history, 50_000, 60_000, package_size_bytes=100_000)])
@@ -254,7 +254,7 @@ async def test_a_resume_among_very_many_is_compared_with_the_last_that_broke_off
 
 
 @pytest.mark.parametrize("outcome", ["aborted", "lost"])
-async def test_what_broke_off_and_is_recorded_after_its_resume_is_explained_by_it(
+async def test_a_resume_explains_an_interrupted_delivery_recorded_later(
     database: Database, dsn: str, outcome: str
 ) -> None:
     """A connection that hung is given up a minute later; what a killed daemon left is found later."""
@@ -276,7 +276,7 @@ async def test_what_broke_off_and_is_recorded_after_its_resume_is_explained_by_i
     assert await count(database, job_id) == 1
 
 
-async def test_a_start_whose_byte_before_is_there_tells_nothing_of_others(database: Database) -> None:
+async def test_a_resume_infers_nothing_if_the_byte_before_it_was_received(database: Database) -> None:
     job_id, _ = await completed_job(database)
     for broken in (lost(job_id, 0, 200, 1000), part(job_id, 500, 700)):
         await record_downloads(database, [broken])
@@ -359,7 +359,7 @@ async def test_a_lost_delivery_that_was_resumed_and_ends_whole_after_all_is_no_s
 
 @pytest.mark.parametrize("is_together", [True, False])
 @pytest.mark.parametrize(("order", "expected"), [([0, 1], "{[0,450),[700,999)}"), ([1, 0], "{[0,999)}")])
-async def test_what_a_lost_delivery_was_no_longer_explains_a_resume_when_it_has_ended(
+async def test_a_resume_uses_the_real_end_of_a_delivery_once_recorded_as_lost(
     database: Database, dsn: str, order: list[int], expected: str, is_together: bool
 ) -> None:
     job_id, _ = await completed_job(database)
@@ -404,7 +404,7 @@ together = pytest.mark.parametrize("is_together", [True, False])
 
 @together
 @pytest.mark.parametrize("is_one", [True, False])
-async def test_what_came_after_the_package_was_whole_counts_however_late_it_is_recorded(
+async def test_a_delivery_after_the_completion_counts_even_if_recorded_late(
     database: Database, is_one: bool, is_together: bool
 ) -> None:
     """The database was away for an hour, or the daemon's clock is behind by one."""
@@ -440,7 +440,7 @@ async def test_a_delivery_that_ran_on_when_the_package_was_whole_is_not_over(
 
 @together
 @pytest.mark.parametrize("is_replayed", [True, False])
-async def test_what_ended_before_the_package_was_whole_is_over(
+async def test_a_delivery_that_ended_before_the_completion_joins_nothing(
     database: Database, dsn: str, is_replayed: bool, is_together: bool
 ) -> None:
     job_id, _ = await completed_job(database)

@@ -53,7 +53,7 @@ def file_of(spool: Spool, folder: Path) -> Path:
     return folder / "ledger" / f"{spool.owner}.spool"
 
 
-async def test_what_was_appended_comes_back_in_order(spool: Spool, tmp_path: Path) -> None:
+async def test_appended_events_are_read_in_order(spool: Spool, tmp_path: Path) -> None:
     given = events(5)
     await spool.append(given[:2])
     await spool.append(given[2:])
@@ -76,7 +76,7 @@ async def test_a_replay_that_fails_keeps_everything(spool: Spool) -> None:
     assert writer.written == given
 
 
-async def test_what_comes_in_during_a_replay_is_not_lost(spool: Spool) -> None:
+async def test_events_appended_during_a_replay_are_kept(spool: Spool) -> None:
     given = events(2)
     await spool.append(given[:1])
     writer = Writer()
@@ -91,7 +91,7 @@ async def test_what_comes_in_during_a_replay_is_not_lost(spool: Spool) -> None:
     assert len(spool) == 0
 
 
-async def test_a_torn_last_line_was_promised_to_nobody(spool: Spool, tmp_path: Path) -> None:
+async def test_an_incomplete_last_line_is_dropped(spool: Spool, tmp_path: Path) -> None:
     await spool.append(events(2))
     file = file_of(spool, tmp_path)
     whole = file.read_bytes()
@@ -140,7 +140,7 @@ async def test_a_full_disk_leaves_the_file_as_it_was(
     assert list(spool.read()) == given
 
 
-async def test_what_a_dead_process_left_behind_is_adopted_once(tmp_path: Path) -> None:
+async def test_the_spool_of_a_dead_process_is_adopted_once(tmp_path: Path) -> None:
     folder = tmp_path / "ledger"
     mine = Spool.create(folder, uuid.uuid4())
     # A process that was killed: its file is there, the lock is not.
@@ -192,9 +192,7 @@ async def test_an_event_is_the_same_after_a_round_trip(spool: Spool) -> None:
     assert list(spool.read()) == [given]
 
 
-async def test_what_is_written_of_a_spool_waits_no_more_and_the_rest_stays(
-    spool: Spool, tmp_path: Path
-) -> None:
+async def test_only_unwritten_events_stay_in_the_spool(spool: Spool, tmp_path: Path) -> None:
     given = events(4)
     other = event(uuid.uuid4())
     await spool.append([*given[:2], other])
@@ -211,7 +209,7 @@ async def test_what_is_written_of_a_spool_waits_no_more_and_the_rest_stays(
     assert file_of(spool, tmp_path).stat().st_size == 0
 
 
-async def test_what_no_disk_takes_waits_in_memory_once(spool: Spool) -> None:
+async def test_an_unwritable_event_waits_in_memory_once(spool: Spool) -> None:
     given = events(3)
     await spool.append(given[:1])
     for _ in range(2):
@@ -270,7 +268,7 @@ async def test_a_line_of_another_version_is_told_and_kept(spool: Spool, tmp_path
     assert file.with_suffix(".damaged").exists()
 
 
-async def test_what_no_disk_takes_is_kept_where_no_thread_is_to_be_had(
+async def test_an_unwritable_event_is_kept_if_no_thread_can_start(
     spool: Spool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await spool.append(events(1))

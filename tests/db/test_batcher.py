@@ -10,7 +10,7 @@ def anything() -> Callable[[int], bool]:
     return lambda _: True
 
 
-async def test_what_comes_as_the_last_answer_goes_out_is_answered_too() -> None:
+async def test_an_item_submitted_during_the_last_answer_is_processed() -> None:
     async def double(items: list[int]) -> list[int]:
         await asyncio.sleep(0.001)
         return [2 * item for item in items]

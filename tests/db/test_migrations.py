@@ -227,7 +227,7 @@ def test_waiting_is_bounded(tmp_path: Path) -> None:
     ("wrong", "sentence"),
     [("no such database", 'database "nowhere" does not exist'), ("nonsense", "missing")],
 )
-def test_what_waiting_cannot_mend_fails_at_once(server_dsn: str, wrong: str, sentence: str) -> None:
+def test_permanent_connection_errors_fail_at_once(server_dsn: str, wrong: str, sentence: str) -> None:
     dsn = wrong if wrong == "nonsense" else database_dsn(server_dsn, "nowhere")
     waited: list[str] = []
     with pytest.raises(DatabaseNotReachable, match=sentence):

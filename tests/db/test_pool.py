@@ -269,7 +269,7 @@ async def test_a_cancellation_that_comes_with_the_answer_to_begin_leaves_no_tran
         assert session._connection.raw.get_transaction_status() == 0
 
 
-async def test_who_was_cancelled_may_still_put_things_in_order(database: Database) -> None:
+async def test_a_cancelled_task_can_still_clean_up(database: Database) -> None:
     started = asyncio.Event()
     found: list[object] = []
 

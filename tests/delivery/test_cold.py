@@ -23,9 +23,7 @@ def drop_from_memory(path: Path) -> None:
         os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-async def test_what_is_in_memory_is_read_at_once_and_by_nobody_else(
-    file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_cached_slice_is_read_without_a_thread(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cold, "_read_and_go_on", lambda *_: pytest.fail("a thread was asked"))
     content = file.read_bytes()
     with file.open("rb") as opened:
@@ -37,7 +35,7 @@ async def test_what_is_in_memory_is_read_at_once_and_by_nobody_else(
         assert await cold.read(opened.fileno(), len(content), 10) == (b"", False)
 
 
-async def test_what_is_not_in_memory_is_brought_there_by_a_thread(file: Path) -> None:
+async def test_a_thread_reads_a_slice_that_is_not_cached(file: Path) -> None:
     content = file.read_bytes()
     drop_from_memory(file)
     with file.open("rb") as opened:

@@ -47,7 +47,7 @@ async def test_a_download_is_paced_and_the_connection_freed_of_it(
     assert rates == [50_000_000, 0]
 
 
-async def test_where_the_kernel_cannot_chunks_keep_the_rate(
+async def test_chunks_keep_the_rate_if_the_kernel_cannot(
     start: Start, jobs: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = await start(download={"max_rate_bytes_per_second": 10_000_000})

@@ -57,7 +57,7 @@ def test_the_three_forms_of_a_date(value: str) -> None:
         "Sun, \u0660\u0666 Nov 1994 08:49:37 GMT",
     ],
 )
-def test_what_is_no_date(value: str | None) -> None:
+def test_invalid_dates(value: str | None) -> None:
     assert parse_http_date(value) is None
 
 

@@ -86,7 +86,7 @@ def test_a_field_is_read_once(member: str) -> None:
 
 
 @given(st.text(), st.lists(st.text()), st.sampled_from(["Forwarded", "X-Forwarded-For"]))
-def test_whatever_is_noted_is_read_or_left(peer: str, fields: list[str], name: str) -> None:
+def test_any_forwarded_field_is_parsed_or_ignored(peer: str, fields: list[str], name: str) -> None:
     client_address(peer, forwarded_addresses(name, fields), TRUSTED)
     client_address("10.0.0.1", forwarded_addresses(name, fields), TRUSTED)
 

@@ -152,9 +152,7 @@ def test_every_curl_line_works_as_it_stands(exportd: Exportd, jobs: Jobs, tmp_pa
 
 
 @pytest.mark.parametrize(("field", "status"), [(b"X-Long: " + b"x" * 9000, 431), (b"nonsense", 400)])
-def test_what_is_refused_before_it_is_a_request_is_documented(
-    exportd: Exportd, field: bytes, status: int
-) -> None:
+def test_responses_to_malformed_requests_are_documented(exportd: Exportd, field: bytes, status: int) -> None:
     daemon = exportd.serve()
     document = read_document(daemon)
     for method, path in (("GET", BASE), ("GET", f"{BASE}/x/download"), ("POST", f"{BASE}/x/re-export"),

@@ -55,7 +55,7 @@ def test_systemd_is_told_when_it_serves_and_when_it_stops(
             pass
 
 
-def test_nobody_is_told_where_nobody_listens(exportd: Exportd, tmp_path: Path) -> None:
+def test_a_missing_notify_socket_is_ignored(exportd: Exportd, tmp_path: Path) -> None:
     daemon = exportd.serve(NOTIFY_SOCKET=str(tmp_path / "nobody"))
     assert daemon.url
     assert daemon.stop() == 0

@@ -101,7 +101,7 @@ def daemon(shared_exportd: Exportd) -> Daemon:
     return shared_exportd.serve(EXPORTD_SERVER__HEAD_TIMEOUT_SECONDS="2")
 
 
-def test_what_is_no_request_is_told_so_once(daemon: Daemon) -> None:
+def test_a_malformed_request_gets_one_error_response(daemon: Daemon) -> None:
     wrong = {}
     for name, sent in MALFORMED.items():
         found = answers(converse(daemon, sent))
@@ -167,7 +167,7 @@ def test_malformed_requests_count_as_requests_and_fill_no_log(exportd: Exportd) 
     assert len(daemon.events("request_malformed")) == 1
 
 
-def test_who_asks_too_much_holds_no_connection(exportd: Exportd) -> None:
+def test_a_429_closes_the_connection(exportd: Exportd) -> None:
     daemon = exportd.serve(EXPORTD_LIMITS__REQUESTS_PER_MINUTE_PER_ADDRESS="2")
     request = b"GET /nothing HTTP/1.1\r\n" + HOST + b"\r\n"
     found = answers(converse(daemon, request * 5))

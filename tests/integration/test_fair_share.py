@@ -112,7 +112,7 @@ def test_sixteen_connections_get_no_more_than_one(
     assert_soon(lambda anns, eves: anns == pytest.approx(eves, rel=0.1), clients)
 
 
-def test_what_a_slow_one_does_not_take_goes_to_the_others(
+def test_the_unused_share_of_a_slow_client_goes_to_the_others(
     exportd: Exportd, jobs: Jobs, tmp_path: Path, clients: list[Client]
 ) -> None:
     curl = require("curl")

@@ -146,7 +146,7 @@ names = st.sampled_from(["If-Range", "If-Match", "If-None-Match", "If-Modified-S
 @example("GET", [], [("If-None-Match", b"E")])
 @example("GET", [("Range", b"bytes=0-9")], [("If-Match", b'"\xff"')])
 @fuzz
-def test_whatever_is_asked_for_the_answer_is_coherent(
+def test_any_request_gets_a_coherent_response(
     target: Target, method: str, asked: list[Field], conditions: list[Field]
 ) -> None:
     filled = [(name, re.sub(rb"\bE\b", target.etag.encode(), value)) for name, value in conditions]

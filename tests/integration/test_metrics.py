@@ -125,9 +125,7 @@ def test_any_worker_answers_for_all(exportd: Exportd, large_source: Path) -> Non
     assert daemon.stop() == 0
 
 
-def test_what_one_worker_notes_the_other_tells_without_being_asked_itself(
-    exportd: Exportd, source: Path
-) -> None:
+def test_any_worker_reports_the_metrics_of_all_workers(exportd: Exportd, source: Path) -> None:
     published = exportd.publish(source)
     daemon = exportd.serve("--workers", 2)
     watcher = http.client.HTTPConnection("127.0.0.1", daemon.port, timeout=30)
@@ -143,7 +141,7 @@ def test_what_one_worker_notes_the_other_tells_without_being_asked_itself(
     assert daemon.stop() == 0
 
 
-def test_what_a_dead_worker_counted_stays_and_what_it_held_goes(exportd: Exportd, large_source: Path) -> None:
+def test_counts_of_a_dead_worker_stay_and_its_gauges_go(exportd: Exportd, large_source: Path) -> None:
     published = exportd.publish(large_source)
     daemon = exportd.serve("--workers", 2)
     before = wait_for_workers(daemon)

@@ -284,7 +284,7 @@ def test_a_second_packer_of_the_same_data_folder_waits(
 
 
 @pytest.mark.parametrize("kind", ["missing", "outside", "link", "device", "unsound", "long"])
-def test_what_cannot_be_packed_fails_at_once_in_words_for_the_user(
+def test_a_permanent_failure_fails_at_once_with_a_reason_for_the_user(
     exportd: Exportd, exports: Path, start_packer: Any, kind: str
 ) -> None:
     secret = exportd.folder / "secret"
@@ -316,7 +316,7 @@ def test_what_cannot_be_packed_fails_at_once_in_words_for_the_user(
     wait_until(exportd, ask(exportd, folder_of(exports)), "completed")
 
 
-def test_what_may_pass_is_tried_again_until_it_is_enough(
+def test_temporary_failures_are_retried_up_to_max_attempts(
     exportd: Exportd, exports: Path, start_packer: Any
 ) -> None:
     folder = folder_of(exports, 3_000_000)

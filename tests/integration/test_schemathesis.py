@@ -17,9 +17,7 @@ pytestmark = pytest.mark.slow
 TESTS = Path(__file__).parent.parent
 
 
-def test_whatever_is_made_up_from_the_document_is_answered_as_documented(
-    exportd: Exportd, tmp_path: Path
-) -> None:
+def test_generated_requests_get_documented_responses(exportd: Exportd, tmp_path: Path) -> None:
     exportd.leave_uncovered()
     exportd.storage.mkdir(parents=True)
     jobs = Jobs(exportd.dsn, exportd.storage)

@@ -77,7 +77,7 @@ async def test_an_expired_package_goes_and_its_record_stays(cleanup: Cleanup, jo
     assert again.packages_deleted == 0
 
 
-async def test_what_is_not_completed_or_expired_only_just_stays(cleanup: Cleanup, jobs: Jobs) -> None:
+async def test_the_cleanup_keeps_unfinished_and_just_expired_packages(cleanup: Cleanup, jobs: Jobs) -> None:
     stay = [
         jobs.add(status="failed", package_expires_at=LONG_AGO),
         jobs.add(package_expires_at=datetime.now(UTC) - timedelta(seconds=30)),
@@ -182,7 +182,9 @@ async def test_a_slow_disk_makes_batches_shorter_and_skips_nothing(
     assert not any(package.file.exists() for package in packages)
 
 
-async def test_it_refuses_a_storage_without_its_marker(cleanup: Cleanup, jobs: Jobs, storage: Path) -> None:
+async def test_the_cleanup_refuses_a_storage_without_its_marker(
+    cleanup: Cleanup, jobs: Jobs, storage: Path
+) -> None:
     package = jobs.add(package_expires_at=LONG_AGO)
     (storage / ".exportd-storage").unlink()
     with pytest.raises(CleanupRefused, match="mounted"):
@@ -241,7 +243,9 @@ async def test_the_cleanup_waits_for_who_may_resume(cleanup: Cleanup, database: 
     assert (summary.packages_deleted, summary.packages_waiting) == (2, 0)
 
 
-async def test_nobody_waits_for_who_has_the_whole(cleanup: Cleanup, database: Database, jobs: Jobs) -> None:
+async def test_the_cleanup_does_not_wait_for_completed_downloads(
+    cleanup: Cleanup, database: Database, jobs: Jobs
+) -> None:
     in_one = jobs.add(noise(1000), package_expires_at=JUST_NOW)
     whole = uuid.UUID(in_one.job_id)
     nothing = event(whole, started_at=LONG_AGO - timedelta(minutes=5), outcome="aborted", received=())
@@ -255,7 +259,7 @@ async def test_nobody_waits_for_who_has_the_whole(cleanup: Cleanup, database: Da
     assert (summary.packages_deleted, summary.packages_waiting) == (2, 0)
 
 
-async def test_who_began_before_the_expiry_may_resume_within_the_grace(
+async def test_a_download_begun_before_the_expiry_may_resume_within_the_grace(
     start: Start, database: Database, jobs: Jobs
 ) -> None:
     content = noise(1000)

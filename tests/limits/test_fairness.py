@@ -20,7 +20,7 @@ def test_the_whole_is_given_and_nobody_who_wants_more_gets_less(total: float, de
             assert rate >= max(rates) * (1 - 1e-9) - 1e-6
 
 
-def test_what_one_does_not_need_goes_to_the_others() -> None:
+def test_an_unused_share_goes_to_the_others() -> None:
     assert share(100, [math.inf, 10, math.inf]) == [45, 10, 45]
     assert share(100, [10, 20]) == [45, 55]
 

@@ -166,7 +166,7 @@ def test_news_of_an_export_do_not_take_the_focus(site: Site) -> None:
     expect(button).to_be_focused()
 
 
-def test_who_wants_little_motion_gets_none(site: Site) -> None:
+def test_reduced_motion_disables_animations(site: Site) -> None:
     add_one_of_each(site)
     page = site.visit(reduced_motion="reduce")
     dialog = open_dialog(page, "Waiting")

@@ -106,7 +106,7 @@ def test_one_script_tag_brings_the_button(site: Site, host: Host) -> None:
     assert button.evaluate(style) == ["rgb(120, 0, 80)", "0px"]
 
 
-def test_it_downloads_in_the_hosts_page_too(site: Site, host: Host) -> None:
+def test_the_component_downloads_in_a_host_page(site: Site, host: Host) -> None:
     package = site.jobs.add(noise(3_000_000))
     site.start(EXPORTD_SERVER__CORS_ORIGINS=f'["{host.origin}"]')
     page = embed(site, host, package.job_id)
@@ -148,7 +148,7 @@ def test_without_a_token_it_says_so_and_goes_on_with_one(site: Site, host: Host)
     ]
 
 
-def test_it_is_found_where_the_api_is_mounted(site: Site, host: Host) -> None:
+def test_the_component_uses_its_base_attribute(site: Site, host: Host) -> None:
     package = site.jobs.add(noise(1000))
     site.start(EXPORTD_SERVER__CORS_ORIGINS=f'["{host.origin}"]', EXPORTD_SERVER__BASE_PATH="/elsewhere")
     page = embed(site, host, package.job_id, attributes=f'base="{site.origin}/elsewhere"')
@@ -163,7 +163,7 @@ def test_an_origin_that_is_not_listed_gets_nothing(site: Site, host: Host) -> No
     expect(page.get_by_text("The connection is lost. Trying again…")).to_be_visible()
 
 
-def test_it_works_under_a_strict_policy_of_the_host(site: Site, host: Host) -> None:
+def test_the_component_works_under_a_strict_content_security_policy(site: Site, host: Host) -> None:
     package = site.jobs.add(noise(1000))
     site.start(EXPORTD_SERVER__CORS_ORIGINS=f'["{host.origin}"]')
     (host.folder / "app.js").write_text(

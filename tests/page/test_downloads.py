@@ -244,7 +244,7 @@ def replace(site: Site, package: Package, content: bytes) -> None:
     )
 
 
-def test_what_is_not_the_package_is_not_left_on_the_disk(site: Site) -> None:
+def test_a_file_that_is_not_the_package_is_removed(site: Site) -> None:
     package = site.jobs.add(noise(100_000))
     package.file.write_bytes(noise(100_001)[1:])
     page = site.visit()
@@ -290,7 +290,7 @@ def test_a_daemon_that_restarts_is_waited_for(site: Site) -> None:
     assert saved_digest(page, NAME) == digest_of(package.content)
 
 
-def test_who_cancels_has_nothing_left(site: Site) -> None:
+def test_cancelling_removes_the_file(site: Site) -> None:
     site.jobs.add(noise(SIZE))
     site.start(**SLOW)
     page = site.visit()
@@ -303,7 +303,7 @@ def test_who_cancels_has_nothing_left(site: Site) -> None:
     expect(open_dialog(page).get_by_role("button", name="Download in this page")).to_be_visible()
 
 
-def test_who_chooses_no_file_has_lost_nothing(site: Site) -> None:
+def test_choosing_no_file_changes_nothing(site: Site) -> None:
     site.jobs.add(noise(1000))
     page = site.visit()
     page.evaluate(

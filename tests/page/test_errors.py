@@ -38,7 +38,7 @@ def expect_toast(page: Page, text: str) -> None:
         ("nonsense", "There is no such export: its number is not valid."),
     ],
 )
-def test_what_is_not_ones_own_is_told(site: Site, address: str, said: str) -> None:
+def test_another_users_job_shows_an_error(site: Site, address: str, said: str) -> None:
     eves = site.jobs.add(noise(10), user_id="eve")
     site.start()
     job_id = {"eve's": eves.job_id, "nobody's": str(uuid.uuid4())}.get(address, address)
@@ -90,7 +90,7 @@ def test_an_export_that_failed_says_why_and_can_be_tried_again(site: Site) -> No
 
 
 @pytest.mark.fresh_database
-def test_where_exports_cannot_be_repeated_this_is_said(site: Site) -> None:
+def test_the_page_says_that_an_export_cannot_be_repeated(site: Site) -> None:
     site.jobs.add(b"", status="failed", package_path=None)
     query(site.exportd.dsn, "ALTER TABLE export_jobs ADD COLUMN owned_by text NOT NULL DEFAULT 'app'")
     query(site.exportd.dsn, "ALTER TABLE export_jobs ALTER COLUMN owned_by DROP DEFAULT")
@@ -181,7 +181,7 @@ def test_a_dead_link_is_a_page_in_words(site: Site) -> None:
 
 
 @pytest.mark.fresh_database
-def test_what_is_not_known_is_told_with_its_request(site: Site) -> None:
+def test_an_unknown_error_shows_the_request_id(site: Site) -> None:
     site.jobs.add(noise(1000))
     page = site.visit()
     dialog = open_dialog(page)

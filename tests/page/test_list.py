@@ -127,7 +127,7 @@ def test_a_service_that_is_away_is_told_and_comes_back(site: Site) -> None:
     expect(row(page, "Customer Form")).to_be_visible()
 
 
-def test_who_is_offline_keeps_what_is_shown(site: Site) -> None:
+def test_an_offline_page_keeps_the_list(site: Site) -> None:
     site.jobs.add(noise(10), **tool("New"), status="pending", **UNDER_WAY)
     page = site.visit()
     expect(row(page, "New")).to_contain_text("Waiting")

@@ -92,7 +92,7 @@ def test_symbolic_links_are_not_followed_at_any_level(store: PackageStore, stora
             store.open(path, None)
 
 
-def test_what_is_no_regular_file_is_refused_and_never_hangs(store: PackageStore, storage: Path) -> None:
+def test_only_regular_files_are_opened_and_no_open_hangs(store: PackageStore, storage: Path) -> None:
     os.mkfifo(storage / "fifo")
     with socket.socket(socket.AF_UNIX) as listener:
         folder = os.open(storage, os.O_RDONLY)

@@ -47,7 +47,7 @@ def test_a_distribution_says_what_the_library_would(measured: Metrics) -> None:
         assert found == pytest.approx(samples_of(generate_latest(registry).decode())), turn
 
 
-def test_what_is_flushed_twice_is_counted_once(measured: Metrics) -> None:
+def test_a_second_flush_counts_nothing_again(measured: Metrics) -> None:
     measured.bytes_sent("chunks", 70)
     measured.bytes_sent("chunks", 7)
     measured.request_answered("download", 206, 0.5)

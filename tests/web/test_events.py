@@ -156,9 +156,7 @@ async def test_a_download_is_told_to_the_byte_while_it_runs_and_what_came_of_it(
         assert (await stream.next())[1]["bytesReceived"] == 0
 
 
-async def test_of_very_many_downloads_the_newest_are_told(
-    start: Start, jobs: Jobs, database: Database
-) -> None:
+async def test_events_list_the_newest_running_downloads(start: Start, jobs: Jobs, database: Database) -> None:
     client = await start()
     package = jobs.add(noise(1000))
     began = datetime.now(UTC)
@@ -172,7 +170,7 @@ async def test_of_very_many_downloads_the_newest_are_told(
     assert told == [str(item.event_id) for item in running[8:]]
 
 
-async def test_who_comes_again_is_not_told_what_they_know(start: Start, jobs: Jobs) -> None:
+async def test_a_reconnecting_reader_gets_no_known_event_again(start: Start, jobs: Jobs) -> None:
     client = await start()
     package = jobs.add()
     async with watching(client, package) as stream:

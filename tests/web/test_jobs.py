@@ -208,14 +208,14 @@ async def test_an_expired_export_is_made_again_as_a_new_job(start: Start, jobs: 
      {"package_path": "gone"}, {"status": "failed", "package_path": None}],
     ids=["expired", "deleted", "damaged", "missing", "failed"],
 )  # fmt: skip
-async def test_whatever_is_gone_may_be_made_again(
+async def test_a_missing_package_may_be_exported_again(
     start: Start, jobs: Jobs, columns: dict[str, object]
 ) -> None:
     client = await start()
     assert (await again(client, jobs.add(**columns).job_id))[0] == 202
 
 
-async def test_what_is_there_or_under_way_is_not_made_again(start: Start, jobs: Jobs) -> None:
+async def test_an_available_or_running_export_is_not_repeated(start: Start, jobs: Jobs) -> None:
     client = await start()
     there, waiting = jobs.add(), jobs.add(**PENDING)
     old = jobs.add(package_expires_at=LONG_AGO)
@@ -320,7 +320,7 @@ async def test_only_creator_and_admin_may_ask(start: Start, jobs: Jobs) -> None:
     assert query(jobs.dsn, "SELECT count(*) FROM export_jobs") == [(1,)]
 
 
-async def test_of_many_who_ask_at_once_one_makes_the_job(start: Start, jobs: Jobs) -> None:
+async def test_concurrent_re_exports_make_one_job(start: Start, jobs: Jobs) -> None:
     clients = [await start(), await start()]
     package = jobs.add(package_expires_at=LONG_AGO)
     answers = await asyncio.gather(*(again(clients[n % 2], package.job_id) for n in range(10)))

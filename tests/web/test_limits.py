@@ -155,7 +155,7 @@ async def test_all_together_download_so_many_packages_at_once(start: Start, jobs
     assert (await ask(client, eves.url, EVE))[0] == 200
 
 
-async def test_of_many_that_start_together_no_more_than_allowed_run(start: Start, jobs: Jobs) -> None:
+async def test_concurrent_starts_do_not_exceed_the_limit(start: Start, jobs: Jobs) -> None:
     client = await start(limits={"downloads_per_user": 2}, download=SLOWLY)
     packages = [jobs.add(noise(SIZE)) for _ in range(10)]
     statuses = [status for status, _ in await asyncio.gather(*(ask(client, item.url) for item in packages))]

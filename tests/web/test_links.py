@@ -133,7 +133,7 @@ async def test_only_who_may_download_makes_a_link(start: Start, jobs: Jobs) -> N
     assert query(jobs.dsn, "SELECT count(*) FROM exportd_download_links") == [(1,)]
 
 
-async def test_what_is_no_link_opens_nothing(start: Start, jobs: Jobs) -> None:
+async def test_an_invalid_ticket_opens_nothing(start: Start, jobs: Jobs) -> None:
     client = await start()
     package, other = jobs.add(), jobs.add()
     url = await make(client, package)
@@ -151,7 +151,7 @@ async def test_what_is_no_link_opens_nothing(start: Start, jobs: Jobs) -> None:
 
 @given(st.text())
 @settings(suppress_health_check=[HealthCheck.too_slow])
-def test_whatever_comes_as_a_ticket_has_a_digest(ticket: str) -> None:
+def test_any_ticket_has_a_digest(ticket: str) -> None:
     assert len(ticket_digest(ticket)) == 32
 
 
@@ -185,7 +185,7 @@ async def test_nothing_that_was_not_begun_goes_on_late(start: Start, jobs: Jobs)
         assert response.status == 410
 
 
-async def test_what_was_begun_otherwise_is_not_the_links(start: Start, jobs: Jobs) -> None:
+async def test_a_link_cannot_resume_a_download_started_without_it(start: Start, jobs: Jobs) -> None:
     client = await start()
     package = jobs.add(noise(SIZE))
     url = await make(client, package)
@@ -284,7 +284,7 @@ async def test_links_are_revoked_by_their_maker_or_an_admin(start: Start, jobs: 
         assert response.status == 200
 
 
-async def test_who_was_an_admin_can_end_the_links_made_then(start: Start, jobs: Jobs) -> None:
+async def test_a_former_admin_can_revoke_own_links(start: Start, jobs: Jobs) -> None:
     client = await start()
     package = jobs.add()
     anns, roots = await make(client, package), await make(client, package, ADMIN)
@@ -308,7 +308,7 @@ async def test_an_admins_link_is_not_exempt_from_limits(start: Start, jobs: Jobs
     assert statuses == [200, 200, 429]
 
 
-async def test_of_very_many_links_the_newest_are_good(start: Start, jobs: Jobs) -> None:
+async def test_only_the_newest_links_stay_valid(start: Start, jobs: Jobs) -> None:
     client = await start()
     package = jobs.add()
     first, roots = await make(client, package), await make(client, package, ADMIN)

@@ -138,7 +138,7 @@ async def test_every_route_has_a_name_of_its_own(client: Client) -> None:
 
 
 @pytest.mark.usefixtures("sender")
-async def test_what_fails_before_the_first_byte_has_its_reason(client: Client, jobs: Jobs) -> None:
+async def test_a_failure_before_the_first_byte_has_its_reason(client: Client, jobs: Jobs) -> None:
     missing, wrong, suspect = jobs.add(), jobs.add(), jobs.add(package_suspect_since="2026-01-01T00:00:00Z")
     missing.file.unlink()
     wrong.file.write_bytes(b"of another size")
@@ -150,7 +150,7 @@ async def test_what_fails_before_the_first_byte_has_its_reason(client: Client, j
     assert found["exportd_downloads_started_total"] == 0
 
 
-async def test_what_is_under_way_counts_as_it_goes(client: Client, jobs: Jobs, sender: str) -> None:
+async def test_a_running_delivery_counts_its_bytes(client: Client, jobs: Jobs, sender: str) -> None:
     package = jobs.add(noise(SIZE))
     connection = await connect(client)
     await asyncio.get_running_loop().sock_sendall(connection, request_bytes(package))
@@ -322,7 +322,7 @@ async def test_a_scrape_that_waits_does_not_hold_up_the_end(
     blocker.close()
 
 
-async def test_what_is_refused_before_the_edge_is_not_counted(client: Client) -> None:
+async def test_requests_rejected_before_the_edge_are_not_counted(client: Client) -> None:
     async with client.get("/healthz", headers={"Expect": "the unexpected"}) as answer:
         assert answer.status == 417
     assert not any(key.startswith("exportd_requests_total") for key in await scrape(client))

@@ -349,7 +349,7 @@ async def test_statistics_of_every_kind_are_documented(start: Start, jobs: Jobs,
         assert all(statistics[name] for name in ("bySize", "failures", "recentEvents"))
 
 
-async def test_what_limits_answer_is_documented(start: Start, jobs: Jobs, document: Document) -> None:
+async def test_responses_of_limits_are_documented(start: Start, jobs: Jobs, document: Document) -> None:
     package = jobs.add()
     page = {**ANN, "Accept": "text/html"}
     for limit in ("requests_per_minute_per_address", "requests_per_minute_per_user"):
@@ -365,7 +365,7 @@ async def test_what_limits_answer_is_documented(start: Start, jobs: Jobs, docume
         assert await check(client, document, method, path, ANN, 429) == "QUOTA_EXCEEDED"
 
 
-async def test_what_the_edge_answers_is_documented(start: Start, jobs: Jobs, document: Document) -> None:
+async def test_responses_of_the_edge_are_documented(start: Start, jobs: Jobs, document: Document) -> None:
     client = await start(server={"allowed_hosts": ["127.0.0.1"], "cors_origins": ["https://app.example.com"]})
     package = jobs.add()
     for path in (BASE, package.url, package.stats_url):
@@ -383,7 +383,7 @@ async def test_what_the_edge_answers_is_documented(start: Start, jobs: Jobs, doc
 
 
 @pytest.mark.fresh_database
-async def test_what_an_outage_answers_is_documented(
+async def test_responses_during_an_outage_are_documented(
     start: Start, jobs: Jobs, document: Document, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = await start()
