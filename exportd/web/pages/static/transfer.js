@@ -9,7 +9,7 @@ import { createStore, del, get, set } from "./vendor/idb-keyval/index.js";
 import { sha256 } from "./vendor/noble-hashes/sha2.js";
 
 // The browser writes into a copy until the file is closed, and a reload loses the copy. Opening the file again copies
-// it, so it is closed each time it has grown by half. In all, the browser copies twice its size.
+// it, so it is closed each time it has grown by half. In all, the browser copies two to three times its size.
 const LEAST_COMMIT_BYTES = 32 * 1024 * 1024;
 const BETWEEN_EVENTS_MS = 100;
 
