@@ -476,7 +476,7 @@ async def test_a_daemon_that_is_killed_again_and_again_counts_once(database: Dat
     assert await count(database, job_id) == 1
 
 
-async def test_one_taken_for_lost_that_ends_after_all_is_counted_once(database: Database, dsn: str) -> None:
+async def test_a_delivery_recorded_as_lost_that_ends_later_counts_once(database: Database, dsn: str) -> None:
     job_id, _ = await completed_job(database)
     whole = event(job_id)
     await record_downloads(database, [replace(whole, outcome=Outcome.LOST, received=((0, 400),))])

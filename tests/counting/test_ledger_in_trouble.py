@@ -181,7 +181,7 @@ async def test_hundreds_of_lost_deliveries_are_recorded_by_few_statements(
     os.close(dead._descriptor)
 
 
-async def test_one_among_hundreds_that_is_refused_costs_few_statements(
+async def test_one_rejected_event_among_hundreds_costs_few_statements(
     database: Database, ledger: DownloadLedger, dsn: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # None of them goes by the spool, however slow the machine is.

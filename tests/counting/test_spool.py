@@ -219,7 +219,7 @@ async def test_an_unwritable_event_waits_in_memory_once(spool: Spool) -> None:
     assert (len(spool), spool.unsaved) == (0, [])
 
 
-async def test_one_that_is_just_made_is_not_taken_away(
+async def test_a_spool_that_is_being_created_is_not_adopted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By a process that looks round between its making and its lock."""

@@ -64,6 +64,6 @@ def test_long_name_is_cut_and_keeps_its_ending(tool_name: str) -> None:
             assert name.endswith("-2025-10-24.tar.gz")
 
 
-def test_only_the_start_of_a_very_long_name_is_looked_at() -> None:
+def test_only_the_start_of_a_very_long_name_is_processed() -> None:
     # Each character costs time, and a user may choose the name.
     assert filenames(" " * 1_000_000 + "tool") == ("export-package-2025-10-24.tar.gz", None)

@@ -278,7 +278,7 @@ def test_more_connections_than_allowed_are_closed(exportd: Exportd, workers: int
         client.close()
 
 
-def test_one_address_has_so_many_connections_and_a_proxy_any_number(exportd: Exportd) -> None:
+def test_connections_of_an_address_are_limited_and_those_of_a_proxy_are_not(exportd: Exportd) -> None:
     daemon = exportd.serve(EXPORTD_LIMITS__CONNECTIONS_PER_ADDRESS="3")
     held = [open_connection(daemon) for _ in range(3)]
     refused = open_connection(daemon)
@@ -370,7 +370,7 @@ def test_a_daemon_that_ran_out_of_descriptors_recovers(exportd: Exportd, tmp_pat
     wait_for("an answer", answered)
 
 
-def test_only_the_allowed_hosts_are_answered_for(exportd: Exportd) -> None:
+def test_only_allowed_hosts_are_served(exportd: Exportd) -> None:
     daemon = exportd.serve(EXPORTD_SERVER__ALLOWED_HOSTS='["Downloads.example.com", "[::1]"]')
 
     def status(host: str, target: str = f"{BASE}") -> int:

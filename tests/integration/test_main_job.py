@@ -156,9 +156,7 @@ def test_https_delivers_in_chunks(exportd: Exportd, source: Path, tmp_path: Path
     "authorization",
     [b"Bearer \xff\xfe.\xff.\xff", b"Bearer eyJhbGciOiJIUzI1NiIsImNyaXQiOlsiXHVkODAwIl19.e30.AAAA", b"\xff"],
 )
-def test_no_token_however_odd_is_an_error_of_ours_or_brings_the_secret_into_the_log(
-    exportd: Exportd, authorization: bytes
-) -> None:
+def test_no_token_causes_a_500_or_logs_the_secret(exportd: Exportd, authorization: bytes) -> None:
     daemon = exportd.serve()
     path = path_of({"jobId": str(uuid.uuid4())})
     with socket.create_connection(("127.0.0.1", daemon.port), timeout=30) as connection:

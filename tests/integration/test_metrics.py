@@ -63,7 +63,7 @@ def wait_for_workers(daemon: Daemon) -> set[int]:
     return workers
 
 
-def test_one_process_tells_what_it_did(exportd: Exportd, source: Path) -> None:
+def test_one_process_reports_its_metrics(exportd: Exportd, source: Path) -> None:
     published = exportd.publish(source)
     # What another program of the environment shares is not ours.
     daemon = exportd.serve(PROMETHEUS_MULTIPROC_DIR="/nowhere")

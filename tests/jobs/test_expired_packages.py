@@ -96,7 +96,7 @@ async def test_a_file_that_is_gone_already_counts_as_deleted(cleanup: Cleanup, j
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EBUSY, errno.EIO, errno.EROFS])
-async def test_one_file_that_cannot_be_deleted_stops_nobody_and_is_tried_again(
+async def test_an_undeletable_file_does_not_stop_the_cleanup_and_is_retried(
     cleanup: Cleanup, jobs: Jobs, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     packages = [jobs.add(package_expires_at=LONG_AGO + timedelta(seconds=n)) for n in range(3)]
@@ -354,7 +354,7 @@ async def test_a_download_during_the_cleanup_finishes_whole(
     assert jobs.counts(package) == (1, len(content))
 
 
-async def test_two_cleanups_at_once_are_one(
+async def test_concurrent_cleanups_run_once(
     cleanup: Cleanup, database: Database, jobs: Jobs, held_unlink: tuple[threading.Event, threading.Event]
 ) -> None:
     reached, go_on = held_unlink

@@ -95,7 +95,7 @@ def test_durations_reach_from_a_tenth_of_a_second_to_half_a_day(measured: Metric
     assert found['exportd_download_duration_seconds_bucket{le="43200.0",size="over_1GB"}'] == 1
 
 
-def test_how_things_stand_is_what_was_last_told(measured: Metrics) -> None:
+def test_gauges_have_the_values_of_the_last_flush(measured: Metrics) -> None:
     measured.flush(waiting_events=9, spooled_events=9, pool_in_use=3, pool_idle=1, pool_limit=10)
     measured.flush(waiting_events=5, spooled_events=5, pool_in_use=2, pool_idle=4, pool_limit=10)
     found = samples_of(measured.exposition(database_is_up=False, packages=None).decode())
@@ -141,7 +141,7 @@ def test_shed_lines_are_counted_from_the_start_of_the_process(monkeypatch: pytes
     assert shown(measured)["exportd_log_lines_shed_total"] == 7
 
 
-def test_two_applications_do_not_meet(measured: Metrics) -> None:
+def test_two_applications_share_no_metrics(measured: Metrics) -> None:
     other = Metrics({})
     measured.download_started()
     assert shown(other)["exportd_downloads_in_flight"] == 0

@@ -249,7 +249,7 @@ async def test_a_reader_who_takes_nothing_is_dropped(
     writer.close()
 
 
-async def test_one_look_serves_all_readers_and_none_is_made_without(
+async def test_one_poll_serves_all_readers_and_stops_without_readers(
     start: Start, jobs: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looks: list[list[UUID]] = []

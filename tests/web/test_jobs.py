@@ -133,7 +133,7 @@ async def test_the_list_and_one_job_need_a_token(start: Start, jobs: Jobs) -> No
         assert (await get(client, f"{BASE}/nonsense{leaf}"))[1]["code"] == "INVALID_JOB_ID"
 
 
-async def test_one_job_tells_everything_of_itself(start: Start, jobs: Jobs) -> None:
+async def test_a_job_shows_all_its_fields(start: Start, jobs: Jobs) -> None:
     client = await start()
     package = jobs.add(b"x" * 2048)
     status, job = await get(client, f"{BASE}/{package.job_id}")
@@ -310,7 +310,7 @@ async def test_a_user_has_so_many_re_exports_at_once(start: Start, jobs: Jobs) -
     assert (await again(client, jobs.add(**GONE).job_id))[0] == 202
 
 
-async def test_only_creator_and_admin_may_ask(start: Start, jobs: Jobs) -> None:
+async def test_only_the_creator_and_admins_can_export_again(start: Start, jobs: Jobs) -> None:
     client = await start()
     package = jobs.add(package_expires_at=LONG_AGO)
     assert (await again(client, package.job_id, {}))[0] == 401

@@ -35,7 +35,9 @@ async def test_a_user_meets_the_limit_on_requests_and_others_do_not(start: Start
     for _ in range(5):
         assert (await ask(client, BASE, ADMIN))[0] == 200
     hits = [line for line in logs if line["event"] == "limit_hit"]
-    assert [(line["limit"], line["who"]) for line in hits] == [("requests_per_minute_per_user", "user ann")]
+    assert [(line["limit"], line["subject"]) for line in hits] == [
+        ("requests_per_minute_per_user", "user ann")
+    ]
     samples = await scrape(client)
     assert samples['exportd_limits_hit_total{limit="requests_per_minute_per_user"}'] == 3
 
@@ -83,7 +85,7 @@ async def test_small_ranges_of_a_package_are_slowed_down(start: Start, jobs: Job
     assert (await ask(client, other.url, {**ANN, "Range": "bytes=0-0"}))[0] == 206
 
 
-async def test_only_a_trusted_proxy_says_for_whom_it_asks(start: Start) -> None:
+async def test_only_a_trusted_proxy_reports_the_client(start: Start) -> None:
     limits = {"requests_per_minute_per_address": 1}
     client = await start(limits=limits)
     with structlog.testing.capture_logs() as logs:
@@ -216,7 +218,7 @@ async def test_a_day_s_bytes_are_counted_by_the_ledger(start: Start, jobs: Jobs)
     assert (await ask(client, package.url))[0] == 200
 
 
-async def test_no_link_is_made_for_what_would_be_refused(start: Start, jobs: Jobs) -> None:
+async def test_no_link_is_made_for_a_package_that_cannot_be_downloaded(start: Start, jobs: Jobs) -> None:
     """A browser's download manager does not tell its user of a 429."""
     client = await start(limits={"bytes_per_user_per_day": SIZE, "downloads_per_user": 1}, download=SLOWLY)
     package, other = jobs.add(noise(SIZE)), jobs.add(noise(SIZE))

@@ -104,7 +104,7 @@ async def test_a_link_is_for_whoever_made_it(start: Start, jobs: Jobs) -> None:
     assert query(jobs.dsn, "SELECT DISTINCT user_id FROM download_events") == [("root",)]
 
 
-async def test_only_who_may_download_makes_a_link(start: Start, jobs: Jobs) -> None:
+async def test_only_a_user_who_may_download_can_make_a_link(start: Start, jobs: Jobs) -> None:
     client = await start()
     package, pending = jobs.add(), jobs.add(status="pending", package_path=None, completed_at=None)
     expired = jobs.add(package_expires_at="2025-12-01")

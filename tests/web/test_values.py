@@ -66,7 +66,7 @@ def targets(jobs: Jobs) -> list[tuple[str, str]]:
     return found
 
 
-async def test_no_value_of_an_address_is_a_defect(start: Start, targets: list[tuple[str, str]]) -> None:
+async def test_no_query_or_path_value_causes_a_500(start: Start, targets: list[tuple[str, str]]) -> None:
     client = await start(limits={"requests_per_minute_per_address": 0})
     for method, target in targets:
         url = URL(str(client.make_url("/"))[:-1] + target.replace(" ", "%20"), encoded=True)
@@ -76,7 +76,7 @@ async def test_no_value_of_an_address_is_a_defect(start: Start, targets: list[tu
 
 
 @pytest.mark.parametrize("name", FIELDS)
-async def test_no_value_of_a_field_is_a_defect(start: Start, jobs: Jobs, name: str) -> None:
+async def test_no_header_value_causes_a_500(start: Start, jobs: Jobs, name: str) -> None:
     package = jobs.add()
     client = await start(server={"cors_origins": ["https://app.example.com"]})
     statuses: list[Any] = []

@@ -97,7 +97,7 @@ def limit_error(services: Services, error: LimitExceeded) -> ApiError:
     """Counts and logs a request over a limit, and returns its error."""
     services.metrics.limit_hit(error.limit)
     if services.limiter.may_log(error.limit, error.subject):
-        log.warning("limit_hit", limit=error.limit, who=error.subject)
+        log.warning("limit_hit", limit=error.limit, subject=error.subject)
     seconds = max(1, math.ceil(error.retry_after_seconds))
     kind = QuotaExceeded if error.limit is Limit.BYTES_PER_USER_PER_DAY else RateLimited
     return kind(
