@@ -46,7 +46,7 @@ _SETTLING_SECONDS = 0.25
 _RECORDING_SECONDS = 3.0
 # How long a start waits for the work of killed processes. The rest is done in the background.
 _START_SECONDS = 5.0
-_TELL_AGAIN_SECONDS = 60.0
+_LOG_AGAIN_SECONDS = 60.0
 
 Item = TypeVar("Item")
 Snapshot = Callable[[], DownloadEvent]
@@ -96,8 +96,8 @@ class DownloadLedger:
         self._adopted: list[Spool] = []
         self._passed_over: set[str] = set()
         self._looked_for_lost_at = float("-inf")
-        self._told_at = float("-inf")
-        self._looked_round = asyncio.Event()
+        self._logged_at = float("-inf")
+        self._first_turn_ended = asyncio.Event()
         self._background = [
             asyncio.create_task(self._repeat(self._drain_spools)),
             asyncio.create_task(self._repeat(self._write_checkpoints)),
@@ -169,7 +169,7 @@ class DownloadLedger:
         """Waits a moment until the work of killed processes is finished."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_START_SECONDS):
-                await self._looked_round.wait()
+                await self._first_turn_ended.wait()
 
     async def close(self) -> None:
         """Ends the background work. Spooled events stay for the next process."""
@@ -242,7 +242,7 @@ class DownloadLedger:
             if self._adopted or time.monotonic() - self._looked_for_lost_at >= _LOOK_FOR_LOST_SECONDS:
                 await self._finish_for_others()
         finally:
-            self._looked_round.set()
+            self._first_turn_ended.set()
 
     async def _drain(self, spool: Spool) -> None:
         """Writes the events of a spool, except for jobs whose events the database rejects. If a batch fails,
@@ -304,8 +304,8 @@ class DownloadLedger:
 
     def _log_not_drained(self, error: BaseException, job_ids: Sequence[UUID] = ()) -> None:
         now = time.monotonic()
-        if self.spooled and now - self._told_at >= _TELL_AGAIN_SECONDS:
-            self._told_at = now
+        if self.spooled and now - self._logged_at >= _LOG_AGAIN_SECONDS:
+            self._logged_at = now
             some = [str(job_id) for job_id in job_ids[:10]]
             log.warning("spool_not_drained", count=self.spooled, job_ids=some, **_explain(error))
 
