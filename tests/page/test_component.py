@@ -217,8 +217,8 @@ def test_the_documentation_names_all_that_there_is() -> None:
     script = (SCRIPTS / "export-download.js").read_text()
     style = (SCRIPTS / "export-download-style.js").read_text()
     states = set(re.findall(r'name: "([\w-]+)"', script))
-    events = set(re.findall(r'#tell\("([\w-]+)"', script))
-    parts = set(re.findall(r'button\("(\w+)"', script)) | set(re.findall(r'\[part="(\w+)"\]', style))
+    events = set(re.findall(r'#tell\(\s*"([\w-]+)"', script))
+    parts = set(re.findall(r'button\(\s*"(\w+)"', script)) | set(re.findall(r'\[part="(\w+)"\]', style))
     properties = {f"-{name}" for name in re.findall(r"var\(--export-download-([\w-]+)", style)}
     assert (len(states) > 12, len(events), len(parts) > 10, len(properties)) == (True, 6, True, 9)
     assert states | events | parts <= documented
