@@ -25,6 +25,9 @@ FORBIDDEN = {
 PURE = (
     "http/",
     "domain/",
+    "counting/intervals.py",
+    "counting/progress.py",
+    "counting/rule.py",
     "delivery/progress.py",
     "limits/fairness.py",
 )
