@@ -5,12 +5,13 @@ die with their daemon. The client may have more than it acknowledged. The rule s
 """
 
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from random import Random
 
 import pytest
 
+from exportd.counting.intervals import Intervals
 from exportd.counting.progress import MAX_PIECES, MAX_RESUMES, MAX_TAILS, NO_PROGRESS, Progress
 from exportd.counting.rule import add, fold
 from exportd.domain.delivery import DownloadEvent, Outcome
@@ -307,3 +308,74 @@ def test_the_progress_stays_small_and_keeps_its_longest_pieces() -> None:
     assert len(progress.tails) == MAX_TAILS
     assert len(progress.resumes) == MAX_RESUMES
     assert progress.tails[-1].known == 3 + 1999 * 1000 + 1
+
+
+def at(seconds: float, start: int, stop: int, **changes: object) -> DownloadEvent:
+    """A delivery that began then; by default the client acknowledged all that it requested."""
+    values: dict[str, object] = {"received": ((start, stop),), "bytes_sent": stop - start, **changes}
+    return delivery(
+        Random(seconds), started_at=START + timedelta(seconds=seconds), requested=((start, stop),), **values
+    )
+
+
+def broken(seconds: float, start: int, acknowledged: int, sent: int, **changes: object) -> DownloadEvent:
+    received = ((start, acknowledged),) if acknowledged > start else ()
+    values = {"outcome": Outcome.ABORTED, "received": received, "bytes_sent": sent - start, **changes}
+    return at(seconds, start, SIZE, **values)
+
+
+def received(*deliveries: DownloadEvent) -> Intervals:
+    progress, downloads = fold(NO_PROGRESS, deliveries, {})
+    assert downloads == 0
+    return progress.received
+
+
+OTHER = uuid.UUID(int=3)
+
+
+def test_a_segment_of_which_nothing_arrived_is_not_explained_by_its_neighbour() -> None:
+    nothing, neighbour = broken(1, 500, 500, 600), broken(2, 0, 400, 700)
+    assert received(nothing, neighbour, at(3, 500, 900)) == ((0, 400), (500, 900))
+
+
+def test_a_resume_through_the_same_daemon_was_not_after_its_kill() -> None:
+    lost = broken(1, 0, 400, 400, outcome=Outcome.LOST)
+    assert received(lost, at(2, 600, 900)) == ((0, 400), (600, 900))
+    assert received(lost, at(2, 600, 900, daemon_id=OTHER)) == ((0, 900),)
+
+
+def test_the_tail_that_starts_last_explains_a_resume() -> None:
+    near, far = broken(1, 350, 500, 700), broken(2, 0, 300, 700)
+    assert received(near, far, at(3, 600, 900)) == ((0, 300), (350, 900))
+
+
+def test_a_resume_behind_a_received_byte_needs_no_explanation() -> None:
+    assert received(at(1, 500, 600), broken(2, 0, 300, 700), at(3, 600, 900)) == ((0, 300), (500, 900))
+
+
+def test_deliveries_that_one_kill_ended_are_judged_together() -> None:
+    """The record of the resume comes first, and the older delivery must not explain it alone."""
+    first, second = (
+        broken(n, start, start + 100, 0, outcome=Outcome.LOST) for n, start in ((1, 0), (2, 500))
+    )
+    progress, _ = fold(NO_PROGRESS, [at(3, 800, 900, daemon_id=OTHER)], {})
+    progress, _ = fold(progress, [first, second], {})
+    assert progress.received == ((0, 100), (500, 900))
+
+
+def test_a_changed_package_adds_nothing() -> None:
+    changed = at(1, 100, 500, outcome=Outcome.CHANGED, received=())
+    assert fold(NO_PROGRESS, [changed], {}) == (NO_PROGRESS, 0)
+
+
+def test_a_delivery_that_ends_after_it_was_lost_adds_only_the_bytes_since() -> None:
+    end = broken(1, 0, 450, 500)
+    lost = replace(end, outcome=Outcome.LOST, received=((0, 400),))
+    progress, _ = add(NO_PROGRESS, lost)
+    resumed = add(progress, at(2, 400, SIZE, daemon_id=OTHER))
+    assert resumed == (NO_PROGRESS, True)
+    progress, downloads = fold(resumed[0], [end], {end.event_id: lost})
+    assert (progress.received, downloads) == (((400, 450),), 0)
+    # Its tail is now the one of its end.
+    progress, _ = fold(add(NO_PROGRESS, lost)[0], [end], {end.event_id: lost})
+    assert [(tail.known, tail.reach) for tail in progress.tails] == [(450, 500)]
