@@ -99,7 +99,7 @@ CREATE TRIGGER exportd_expiry_at_completion BEFORE UPDATE OF status, package_pat
     WHEN (OLD.package_path IS NULL OR OLD.status::text <> 'completed')
     EXECUTE FUNCTION exportd_set_package_expiry();
 
--- One row for each delivery. No foreign key: the history outlives a job that the application deletes.
+-- One row for each delivery that has ended. No foreign key: the history outlives a job that the application deletes.
 CREATE TABLE download_events (
     event_id uuid PRIMARY KEY,
     job_id uuid NOT NULL,
@@ -117,12 +117,13 @@ CREATE TABLE download_events (
     reason text,
     method text,
     daemon_id uuid,
-    updated_at timestamptz NOT NULL DEFAULT now()
+    package_sha256 text NOT NULL DEFAULT '',
+    is_judged boolean NOT NULL DEFAULT true,
+    CONSTRAINT download_events_ended CHECK (outcome <> 'running')
 );
 
 COMMENT ON TABLE download_events IS 'exportd: one row for each delivery';
-
-CREATE INDEX download_events_running ON download_events (updated_at) WHERE outcome = 'running';
+COMMENT ON COLUMN download_events.is_judged IS 'exportd: false: the job had no row, so the delivery is not counted yet';
 
 CREATE INDEX download_events_by_job ON download_events (job_id, started_at);
 
@@ -130,54 +131,54 @@ CREATE INDEX download_events_by_user ON download_events (user_id, started_at);
 
 CREATE INDEX download_events_by_age ON download_events (started_at);
 
--- The position up to which the client of an interrupted delivery may have received bytes: the sent ones or, after a kill,
--- the requested ones. Null: the delivery was not interrupted, or has several parts.
-CREATE FUNCTION exportd_reach(outcome text, requested int8multirange, bytes_sent bigint) RETURNS bigint
-    LANGUAGE sql IMMUTABLE
-    AS $$
-    SELECT CASE
-               WHEN requested <> int8multirange(int8range(lower(requested), upper(requested))) THEN NULL
-               WHEN outcome IN ('aborted', 'failed') THEN lower(requested) + bytes_sent
-               WHEN outcome = 'lost' THEN upper(requested) - 1
-           END
-$$;
+CREATE INDEX download_events_not_judged ON download_events (job_id) WHERE NOT is_judged;
 
-COMMENT ON FUNCTION exportd_reach(text, int8multirange, bigint)
-    IS 'exportd: up to where the client of an interrupted delivery may have received bytes';
+-- Running deliveries. A checkpoint changes no indexed column, and half of each page is free for it.
+CREATE TABLE exportd_running (
+    event_id uuid PRIMARY KEY,
+    job_id uuid NOT NULL,
+    user_id text NOT NULL,
+    daemon_id uuid NOT NULL,
+    started_at timestamptz NOT NULL,
+    http_status smallint NOT NULL,
+    requested int8multirange NOT NULL,
+    package_size_bytes bigint NOT NULL,
+    package_sha256 text NOT NULL,
+    request_id text NOT NULL,
+    bytes_acknowledged bigint NOT NULL,
+    bytes_sent bigint NOT NULL,
+    duration_seconds double precision NOT NULL,
+    seen_at timestamptz NOT NULL DEFAULT now()
+) WITH (fillfactor = 50);
 
-CREATE INDEX download_events_broken_off ON download_events (job_id, user_id, started_at)
-    WHERE exportd_reach(outcome, requested, bytes_sent) > coalesce(upper(received), lower(requested));
+COMMENT ON TABLE exportd_running IS 'exportd: one row for each running delivery, with its last checkpoint';
 
-CREATE INDEX download_events_resuming ON download_events (job_id, user_id, started_at)
-    WHERE lower(requested) > 0 AND outcome <> 'running';
+CREATE INDEX exportd_running_by_job ON exportd_running (job_id);
 
--- The bytes of a package that each principal has since its last complete download (completed_at).
+CREATE INDEX exportd_running_by_user ON exportd_running (user_id);
+
+-- What each principal has of a package, and not yet the whole: the received bytes, and the evidence that may show more
+-- (tails and resumes, see exportd/counting/rule.py). The row is deleted when the download is counted.
 CREATE TABLE download_progress (
     job_id uuid NOT NULL,
     user_id text NOT NULL,
     received int8multirange NOT NULL DEFAULT '{}',
     updated_at timestamptz NOT NULL DEFAULT now(),
-    completed_at timestamptz NOT NULL DEFAULT '-infinity',
-    PRIMARY KEY (job_id, user_id)
+    package_size_bytes bigint NOT NULL,
+    package_sha256 text NOT NULL,
+    tails jsonb NOT NULL DEFAULT '[]',
+    resumes jsonb NOT NULL DEFAULT '[]',
+    PRIMARY KEY (job_id, user_id, package_size_bytes, package_sha256)
 );
 
 COMMENT ON TABLE download_progress IS 'exportd: the bytes of a package that a principal has so far';
 
--- Principals with an unfinished download: their last delivery is not whole, and began after their last whole delivery and
--- after the last completion by several deliveries.
 CREATE FUNCTION exportd_unfinished_downloads(of_job uuid) RETURNS SETOF text
     LANGUAGE sql STABLE
     AS $$
-    SELECT event.user_id
-      FROM (
-        SELECT *, received @> int8multirange(int8range(0, package_size_bytes)) AS is_whole
-          FROM download_events
-         WHERE job_id = of_job
-      ) AS event
-      LEFT JOIN download_progress AS progress USING (job_id, user_id)
-     GROUP BY event.user_id, progress.completed_at
-    HAVING max(event.started_at) FILTER (WHERE NOT event.is_whole)
-           > greatest(max(event.started_at) FILTER (WHERE event.is_whole), progress.completed_at, '-infinity')
+    SELECT user_id FROM download_progress WHERE job_id = of_job
+    UNION
+    SELECT user_id FROM exportd_running WHERE job_id = of_job
 $$;
 
 COMMENT ON FUNCTION exportd_unfinished_downloads(uuid) IS 'exportd: the principals that may resume a download of the job';

@@ -1,55 +1,45 @@
 """Running deliveries, in SQL: their checkpoints, and those whose daemon was killed."""
 
-import re
 from collections.abc import Sequence
+from typing import Any
 from uuid import UUID
 
-from exportd.counting.record import columns_of
+from exportd.counting.rows import EVENT_COLUMNS, parse_multirange, to_json, to_row
 from exportd.db.pool import Database, Session
 from exportd.db.rows import read
-from exportd.domain.delivery import DownloadEvent, Method, Outcome
+from exportd.domain.delivery import DownloadEvent, Outcome, first_bytes
 
-# Writes the progress of a running delivery. Does not touch one that has ended.
-_CHECKPOINT_DOWNLOADS = """
-INSERT INTO download_events AS known (
-    event_id, job_id, user_id, started_at, duration_seconds, outcome, http_status, requested, received,
-    bytes_sent, package_size_bytes, request_id, bytes_acknowledged, reason, method, daemon_id
+# Does not touch a delivery that has ended, or was taken for lost.
+_WRITE_RUNNING = f"""
+INSERT INTO exportd_running (
+    event_id, job_id, user_id, daemon_id, started_at, http_status, requested, package_size_bytes,
+    package_sha256, request_id, bytes_acknowledged, bytes_sent, duration_seconds
 )
-SELECT *
-  FROM unnest(
-    %(event_id)s::uuid[], %(job_id)s::uuid[], %(user_id)s::text[], %(started_at)s::timestamptz[],
-    %(duration_seconds)s::double precision[], %(outcome)s::text[], %(http_status)s::smallint[],
-    %(requested)s::int8multirange[], %(received)s::int8multirange[], %(bytes_sent)s::bigint[],
-    %(package_size_bytes)s::bigint[], %(request_id)s::text[], %(bytes_acknowledged)s::bigint[],
-    %(reason)s::text[], %(method)s::text[], %(daemon_id)s::uuid[]
-  )
- ORDER BY 1
+SELECT event_id, job_id, user_id, daemon_id, started_at, http_status, requested, package_size_bytes,
+       package_sha256, request_id, bytes_acknowledged, bytes_sent, duration_seconds
+  FROM json_to_recordset(%(events)s) AS given({EVENT_COLUMNS})
+ WHERE NOT EXISTS (SELECT FROM download_events AS ended WHERE ended.event_id = given.event_id)
+ ORDER BY event_id
 ON CONFLICT (event_id) DO UPDATE
-   SET duration_seconds = excluded.duration_seconds,
-       received = excluded.received,
-       bytes_sent = excluded.bytes_sent,
-       bytes_acknowledged = excluded.bytes_acknowledged,
-       updated_at = now()
- WHERE known.outcome = 'running'
+   SET bytes_acknowledged = excluded.bytes_acknowledged, bytes_sent = excluded.bytes_sent,
+       duration_seconds = excluded.duration_seconds, seen_at = now()
 """
 
-_FIND_RUNNING = """
-SELECT event_id, job_id, user_id, started_at, duration_seconds, http_status, requested::text, received::text,
-       bytes_sent, package_size_bytes, request_id, bytes_acknowledged, method, daemon_id
-  FROM download_events
- WHERE outcome = 'running'
-   AND (daemon_id = ANY (%s::uuid[]) OR updated_at < now() - make_interval(secs => %s))
+_FIND_LOST = """
+SELECT *
+  FROM exportd_running
+ WHERE daemon_id = ANY (%s::uuid[]) OR seen_at < now() - make_interval(secs => %s)
 """
 
 
-async def checkpoint_downloads(database: Database | Session, events: Sequence[DownloadEvent]) -> None:
+async def write_running(database: Database | Session, events: Sequence[DownloadEvent]) -> None:
     """Writes checkpoints of running deliveries. Does not touch those that have ended.
 
-    Raises DatabaseUnavailable.
+    Raises DatabaseError.
     """
     latest = {event.event_id: event for event in events}
     if latest:
-        await database.fetch_all(_CHECKPOINT_DOWNLOADS, columns_of(list(latest.values())))
+        await database.fetch_all(_WRITE_RUNNING, {"events": to_json(map(to_row, latest.values()))})
 
 
 async def find_lost(
@@ -60,20 +50,18 @@ async def find_lost(
 
     Raises DatabaseUnavailable.
     """
-    rows = await database.fetch_all(_FIND_RUNNING, (list(ended), lost_after_seconds))
-    return [
-        read(
-            DownloadEvent,
-            row,
-            outcome=Outcome.LOST,
-            requested=_parse_multirange(row.requested),
-            received=_parse_multirange(row.received),
-            reason="the daemon was killed",
-            method=row.method and Method(row.method),
-        )
-        for row in rows
-    ]
+    rows = await database.fetch_all(_FIND_LOST, (list(ended), lost_after_seconds))
+    return [_lost(row) for row in rows]
 
 
-def _parse_multirange(text: str) -> tuple[tuple[int, int], ...]:
-    return tuple((int(start), int(stop)) for start, stop in re.findall(r"\[(\d+),(\d+)\)", text))
+def _lost(row: Any) -> DownloadEvent:
+    requested = parse_multirange(row.requested)
+    return read(
+        DownloadEvent,
+        row,
+        outcome=Outcome.LOST,
+        requested=requested,
+        received=first_bytes(requested, row.bytes_acknowledged),
+        reason="the daemon was killed",
+        method=None,
+    )

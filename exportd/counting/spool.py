@@ -9,8 +9,7 @@ import contextlib
 import fcntl
 import os
 import zlib
-from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Self
@@ -32,16 +31,13 @@ class Spool:
 
     def __init__(self, path: Path, descriptor: int) -> None:
         self.owner = UUID(path.stem)
+        # Events that the disk did not take. They are only in memory.
+        self.unsaved: list[DownloadEvent] = []
         self._path = path
         self._descriptor = descriptor
         self._access = asyncio.Lock()
-        # Events read so far, up to this position and line, that are not recorded yet.
-        self._unwritten: list[DownloadEvent] = []
-        self._position = 0
-        self._lines = 0
-        # Events that could not be written to the disk, by ``id``, because the same event may be passed twice.
-        self._kept: dict[int, DownloadEvent] = {}
-        self._waiting: Counter[UUID] = Counter()
+        # By job, in order.
+        self._waiting: dict[UUID, list[DownloadEvent]] = {}
 
     @classmethod
     def create(cls, folder: Path, owner: UUID) -> Self:
@@ -90,19 +86,22 @@ class Spool:
             if os.fstat(descriptor).st_nlink == 0:
                 return None
             spool = cls(path, descriptor)
-            spool._unwritten = spool._read_on()
-            spool._waiting.update(event.job_id for event in spool._unwritten)
+            spool._add(spool.read())
             stack.pop_all()
             return spool
 
     def __len__(self) -> int:
         """The number of waiting events."""
-        return self._waiting.total()
+        return sum(map(len, self._waiting.values()))
 
     @property
     def job_ids(self) -> Collection[UUID]:
-        """The jobs whose events wait here."""
+        """The jobs whose events wait here, in the order of their first events."""
         return self._waiting.keys()
+
+    def waiting(self, job_id: UUID) -> Sequence[DownloadEvent]:
+        """The waiting events of a job, in order."""
+        return tuple(self._waiting.get(job_id, ()))
 
     async def append(self, events: Sequence[DownloadEvent]) -> None:
         """Returns when the events are on the disk. Raises OSError, and then none of them is in the file."""
@@ -110,64 +109,36 @@ class Spool:
         block = b"\n" + b"".join(_to_line(event) for event in events)
         async with self._access:
             await asyncio.to_thread(self._append, block)
-            self._waiting.update(event.job_id for event in events)
+            self._add(events)
 
-    async def keep(self, events: Sequence[DownloadEvent]) -> None:
-        """Keeps events that the disk does not take in memory, after those in the file."""
+    def keep(self, events: Sequence[DownloadEvent]) -> None:
+        """Keeps events that the disk does not take in memory."""
+        new = [event for event in events if not any(event is kept for kept in self.unsaved)]
+        self.unsaved += new
+        self._add(new)
+
+    async def written(self, job_id: UUID, count: int) -> None:
+        """Removes the first events of a job, which are recorded. The file is emptied when no event waits.
+        After a kill before that, the next process records some events again, which is idempotent."""
         async with self._access:
-            try:
-                self._unwritten += await asyncio.to_thread(self._read_on)
-            except RuntimeError:
-                # No thread can be started either.
-                self._unwritten += self._read_on()
-            new = {id(event): event for event in events if id(event) not in self._kept}
-            self._kept |= new
-            self._unwritten += new.values()
-            self._waiting.update(event.job_id for event in new.values())
+            waiting = self._waiting[job_id]
+            done = {id(event) for event in waiting[:count]}
+            self.unsaved = [event for event in self.unsaved if id(event) not in done]
+            del waiting[:count]
+            if not waiting:
+                del self._waiting[job_id]
+            if not self._waiting:
+                await asyncio.to_thread(os.ftruncate, self._descriptor, 0)
 
-    async def waiting(self) -> list[DownloadEvent]:
-        """Returns the waiting events, in order. After a kill the next process starts at the beginning."""
-        async with self._access:
-            self._unwritten += await asyncio.to_thread(self._read_on)
-            return list(self._unwritten)
-
-    async def written(self, events: Sequence[DownloadEvent]) -> None:
-        """Marks events of ``waiting`` as recorded. The file is emptied when all are. After a kill before
-        that, the next process records some again, which is idempotent."""
-        done = {id(event) for event in events}
-        async with self._access:
-            gone = [event for event in self._unwritten if id(event) in done]
-            self._unwritten = [event for event in self._unwritten if id(event) not in done]
-            self._waiting -= Counter(event.job_id for event in gone)
-            for event in gone:
-                self._kept.pop(id(event), None)
-            if not self._unwritten and self._position == os.fstat(self._descriptor).st_size:
-                await asyncio.to_thread(self._empty)
-                self._position = self._lines = 0
-                self._waiting.clear()
-
-    @property
-    def unsaved(self) -> list[DownloadEvent]:
-        """Events that are only in memory."""
-        return list(self._kept.values())
+    def _add(self, events: Iterable[DownloadEvent]) -> None:
+        for event in events:
+            self._waiting.setdefault(event.job_id, []).append(event)
 
     def read(self) -> Iterator[DownloadEvent]:
         """Yields the events in the file. An incomplete last line was never acknowledged, so it is dropped.
         Any other damage is logged."""
-        return self._parse(self._content(0), 0)
-
-    def _read_on(self) -> list[DownloadEvent]:
-        content = self._content(self._position)
-        events = list(self._parse(content, self._lines))
-        self._position += len(content)
-        self._lines += content.count(b"\n")
-        return events
-
-    def _content(self, start: int) -> bytes:
-        return os.pread(self._descriptor, os.fstat(self._descriptor).st_size - start, start)
-
-    def _parse(self, content: bytes, lines_before: int) -> Iterator[DownloadEvent]:
-        for number, line in enumerate(content.splitlines(keepends=True), start=lines_before + 1):
+        content = os.pread(self._descriptor, os.fstat(self._descriptor).st_size, 0)
+        for number, line in enumerate(content.splitlines(keepends=True), start=1):
             if line == b"\n":
                 continue
             event = _from_line(line)
@@ -195,9 +166,6 @@ class Spool:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._descriptor, before)
             raise
-
-    def _empty(self) -> None:
-        os.ftruncate(self._descriptor, 0)
 
 
 def _to_line(event: DownloadEvent) -> bytes:

@@ -14,6 +14,8 @@ from exportd.db.pool import DatabaseUnavailable
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
 
+MAX_BATCH_SIZE = 500
+
 # Called after each batch with its size, its duration in seconds, and whether it succeeded.
 Observe = Callable[[int, float, bool], None]
 
@@ -22,19 +24,16 @@ class Batcher(Generic[Item, Answer]):
     """Calls ``run`` with batches of items. ``run`` returns an answer for each item, in order, or raises. A
     batch that fails with any error but DatabaseUnavailable is retried item by item.
 
-    ``admission`` makes, for each batch, a function that says whether an item may join it. Other items wait
-    for the next batch. At most ``at_once`` calls run at the same time.
+    At most ``at_once`` calls run at the same time.
     """
 
     def __init__(
         self,
         run: Callable[[list[Item]], Awaitable[Sequence[Answer]]],
-        admission: Callable[[], Callable[[Item], bool]],
         at_once: int,
         observe: Observe = lambda *_: None,
     ) -> None:
         self._run = run
-        self._admission = admission
         self._at_once = at_once
         self._observe = observe
         self._under_way = 0
@@ -66,7 +65,7 @@ class Batcher(Generic[Item, Answer]):
 
     async def _work_off(self) -> None:
         while self._waiting:
-            group = self._take_group()
+            group, self._waiting = self._waiting[:MAX_BATCH_SIZE], self._waiting[MAX_BATCH_SIZE:]
             self._under_way += len(group)
             try:
                 await self._answer(group)
@@ -97,12 +96,3 @@ class Batcher(Generic[Item, Answer]):
                     future.set_result(answer)
         finally:
             self._observe(len(group), time.perf_counter() - began, went_well)
-
-    def _take_group(self) -> list[tuple[Item, asyncio.Future[Answer]]]:
-        may_join = self._admission()
-        group: list[tuple[Item, asyncio.Future[Answer]]] = []
-        left: list[tuple[Item, asyncio.Future[Answer]]] = []
-        for waiting in self._waiting:
-            (group if may_join(waiting[0]) else left).append(waiting)
-        self._waiting = left
-        return group

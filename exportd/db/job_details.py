@@ -37,14 +37,13 @@ LIST_BY_STATUS = _SELECT + " WHERE status::text = %(status)s" + _PAGE
 LIST_BY_USER = _SELECT + " WHERE user_id::text = %(user_id)s" + _PAGE
 LIST_BY_USER_AND_STATUS = _SELECT + " WHERE user_id::text = %(user_id)s AND status::text = %(status)s" + _PAGE
 
-# Uses the index of running deliveries, which stays small however long the history is.
 FIND_RUNNING_DOWNLOADS = """
 SELECT event_id, job_id, user_id, started_at,
        (SELECT sum(upper(part) - lower(part)) FROM unnest(requested) AS part)::bigint
            AS bytes_requested,
        bytes_acknowledged
-  FROM download_events
- WHERE outcome = 'running' AND job_id = ANY (%s::uuid[])
+  FROM exportd_running
+ WHERE job_id = ANY (%s::uuid[])
  ORDER BY started_at
 """
 
@@ -57,6 +56,8 @@ SELECT job.*,
                    (SELECT sum(upper(part) - lower(part)) FROM unnest(received) AS part) AS received_bytes
               FROM download_progress AS progress
              WHERE progress.job_id = job.job_id AND NOT isempty(received)
+               AND package_sha256 = coalesce(job.package_sha256, '')
+               AND package_size_bytes = coalesce(job.package_size_bytes, package_size_bytes)
           ) AS by_user) AS bytes_by_user
   FROM (
 """

@@ -82,7 +82,7 @@ class JobFinder:
             jobs = {row.job_id: read(Job, row) for row in rows}
             return [jobs.get(job_id) for job_id in job_ids]
 
-        self._gatherer = Batcher(find, lambda: lambda _: True, at_once=_LOOK_UPS_AT_ONCE)
+        self._gatherer = Batcher(find, at_once=_LOOK_UPS_AT_ONCE)
 
     async def find_job(self, job_id: UUID) -> Job | None:
         """Returns the job, or None. Raises DatabaseUnavailable."""

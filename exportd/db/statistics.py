@@ -52,16 +52,29 @@ SELECT width_bucket(package_size_bytes, %(bounds)s::bigint[]) AS range_number,
 _COUNT_FAILURES = """
 SELECT outcome, coalesce(reason, '') AS reason, count(*) AS count
   FROM download_events
- WHERE (%(job_id)s::uuid IS NULL OR job_id = %(job_id)s::uuid) AND outcome NOT IN ('completed', 'running')
+ WHERE (%(job_id)s::uuid IS NULL OR job_id = %(job_id)s::uuid) AND outcome <> 'completed'
  GROUP BY 1, 2
  ORDER BY 3 DESC, 1, 2
 """
 
 _LIST_RECENT = """
-SELECT job_id, user_id, started_at, outcome, reason, http_status, method, bytes_sent, bytes_acknowledged,
-       duration_seconds
-  FROM download_events
- WHERE (%(job_id)s::uuid IS NULL OR job_id = %(job_id)s::uuid)
+(
+    SELECT job_id, user_id, started_at, outcome, reason, http_status, method, bytes_sent, bytes_acknowledged,
+           duration_seconds
+      FROM download_events
+     WHERE (%(job_id)s::uuid IS NULL OR job_id = %(job_id)s::uuid)
+     ORDER BY started_at DESC
+     LIMIT %(recent)s
+)
+UNION ALL
+(
+    SELECT job_id, user_id, started_at, 'running', NULL, http_status, NULL, bytes_sent, bytes_acknowledged,
+           duration_seconds
+      FROM exportd_running
+     WHERE (%(job_id)s::uuid IS NULL OR job_id = %(job_id)s::uuid)
+     ORDER BY started_at DESC
+     LIMIT %(recent)s
+)
  ORDER BY started_at DESC
  LIMIT %(recent)s
 """

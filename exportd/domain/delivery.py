@@ -1,9 +1,10 @@
 """Deliveries, and the events that record them. Times are aware, in UTC."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
-from uuid import UUID
+from uuid import UUID, uuid4
 
 
 class Outcome(StrEnum):
@@ -79,6 +80,24 @@ class Delivery:
         return _ABORTS.get(self.reason or "", Failure.CLIENT_DISCONNECTED)
 
 
+def first_bytes(parts: Sequence[tuple[int, int]], count: int) -> tuple[tuple[int, int], ...]:
+    """The first ``count`` bytes of parts of a package, as (start, stop)."""
+    found = []
+    for start, stop in parts:
+        length = min(stop - start, count)
+        if length:
+            found.append((start, start + length))
+        count -= length
+    return tuple(found)
+
+
+def new_event_id(started_at: datetime) -> UUID:
+    """A UUID of version 7 (RFC 9562), so that rows of deliveries that start together lie together."""
+    milliseconds = int(started_at.timestamp() * 1000)
+    # The variant's bits are the same in version 4.
+    return UUID(int=milliseconds << 80 | 7 << 76 | uuid4().int & (1 << 76) - 1)
+
+
 @dataclass(frozen=True, slots=True)
 class DownloadEvent:
     """The record of one delivery.
@@ -103,6 +122,7 @@ class DownloadEvent:
     reason: str | None
     method: Method | None
     daemon_id: UUID
+    package_sha256: str = ""
 
     @property
     def bytes_requested(self) -> int:

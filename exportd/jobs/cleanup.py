@@ -20,7 +20,7 @@ import aiocron
 import structlog
 from cronsim import CronSim
 
-from exportd.counting.record import prune_events
+from exportd.counting.upkeep import judge_late_jobs, prune
 from exportd.db.expiry import (
     FIRST_ID,
     ExpiredPackage,
@@ -111,8 +111,8 @@ class Cleanup:
             summary = CleanupSummary()
             await self._delete_packages(session, summary)
             await prune_links(self.database)
-            if self.event_days:
-                summary.events_pruned = await prune_events(self.database, self.event_days)
+            await judge_late_jobs(self.database)
+            summary.events_pruned = await prune(self.database, self.event_days)
             summary.duration_seconds = round(time.monotonic() - started, 6)
             fields = asdict(summary)
             await record_cleanup(session, {"run_id": uuid.uuid4(), "started_at": started_at, **fields})

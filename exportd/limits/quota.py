@@ -2,7 +2,7 @@
 
 import math
 
-from exportd.counting.running import checkpoint_downloads
+from exportd.counting.running import write_running
 from exportd.db.pool import Database, Session
 from exportd.domain.delivery import DownloadEvent
 
@@ -11,13 +11,13 @@ from exportd.domain.delivery import DownloadEvent
 # download again.
 REACH_QUOTA = """
 WITH day AS (
-    SELECT started_at, event_id, outcome = 'running' AS is_running,
-           CASE
-               WHEN outcome = 'running'
-               THEN (SELECT sum(upper(part) - lower(part)) FROM unnest(requested) AS part)
-               ELSE coalesce(bytes_acknowledged, bytes_sent)
-           END AS bytes
+    SELECT started_at, event_id, false AS is_running, bytes_acknowledged AS bytes
       FROM download_events
+     WHERE user_id = %(user_id)s AND started_at > now() - interval '1 day'
+     UNION ALL
+    SELECT started_at, event_id, true,
+           (SELECT sum(upper(part) - lower(part)) FROM unnest(requested) AS part)
+      FROM exportd_running
      WHERE user_id = %(user_id)s AND started_at > now() - interval '1 day'
 )
 SELECT coalesce((SELECT sum(bytes) FROM day), 0) >= %(limit)s AS is_reached,
@@ -58,5 +58,5 @@ async def reserve_within_quota(database: Database, event: DownloadEvent, limit_b
         await session.fetch_all(_TAKE_TURNS, (event.user_id,))
         seconds = await seconds_until_within_quota(session, event.user_id, limit_bytes)
         if seconds is None:
-            await checkpoint_downloads(session, [event])
+            await write_running(session, [event])
     return seconds

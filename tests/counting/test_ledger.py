@@ -1,6 +1,7 @@
 """Jobs and downloads in SQL."""
 
 import asyncio
+import contextlib
 import fcntl
 import os
 import uuid
@@ -16,7 +17,7 @@ import structlog
 
 from exportd.counting.ledger import DownloadLedger, open_ledger
 from exportd.counting.record import record_downloads
-from exportd.counting.running import checkpoint_downloads
+from exportd.counting.running import write_running
 from exportd.counting.spool import Spool
 from exportd.db.jobs import CompletedJob, JobFinder, record_completed_job
 from exportd.db.migrate import migrate_up
@@ -193,8 +194,8 @@ async def test_parts_that_cover_the_package_count_once(
     await record_downloads(database, [last])
     await record_downloads(database, [last])
     assert await count(database, job_id) == 1
-    # The progress is cleared: the next download begins anew.
-    assert query(dsn, "SELECT isempty(received) FROM download_progress") == [(True,)]
+    # The progress is deleted: the next download begins anew.
+    assert query(dsn, "SELECT count(*) FROM download_progress") == [(0,)]
     await record_downloads(database, [part(job_id, *ranges[0])])
     assert await count(database, job_id) == 1
 
@@ -354,9 +355,10 @@ async def test_a_checkpoint_neither_counts_nor_outlives_the_end(database: Databa
     job_id, _ = await completed_job(database)
     whole = event(job_id)
     running = replace(whole, outcome=Outcome.RUNNING, received=((0, 400),), bytes_acknowledged=400)
-    await checkpoint_downloads(database, [running])
-    await checkpoint_downloads(database, [replace(running, received=((0, 500),))])
-    assert query(dsn, "SELECT outcome, received::text FROM download_events") == [("running", "{[0,500)}")]
+    await write_running(database, [running])
+    await write_running(database, [replace(running, bytes_acknowledged=500)])
+    assert query(dsn, "SELECT bytes_acknowledged FROM exportd_running") == [(500,)]
+    assert query(dsn, "SELECT count(*) FROM download_events") == [(0,)]
     assert query(dsn, "SELECT count(*) FROM download_progress") == [(0,)]
     # Another delivery completes meanwhile: what is under way is no part of it.
     await record_downloads(database, [part(job_id, 500, 1000)])
@@ -364,8 +366,9 @@ async def test_a_checkpoint_neither_counts_nor_outlives_the_end(database: Databa
     await record_downloads(database, [whole])
     assert await count(database, job_id) == 1
     # A late checkpoint of what has ended changes nothing.
-    await checkpoint_downloads(database, [running])
+    await write_running(database, [running])
     await record_downloads(database, [whole])
+    assert query(dsn, "SELECT count(*) FROM exportd_running") == [(0,)]
     assert query(dsn, "SELECT outcome, received::text FROM download_events WHERE http_status = 200") == [
         ("completed", "{[0,1000)}")
     ]
@@ -374,14 +377,15 @@ async def test_a_checkpoint_neither_counts_nor_outlives_the_end(database: Databa
 
 def lost(job_id: uuid.UUID, start: int, acknowledged: int, stop: int, **changes: object) -> DownloadEvent:
     """A delivery whose daemon was killed when it had checkpointed ``acknowledged``."""
-    return event(
-        job_id,
-        outcome=Outcome.LOST,
-        requested=((start, stop),),
-        received=((start, acknowledged),),
-        bytes_sent=acknowledged - start,
-        **changes,
-    )
+    values: dict[str, object] = {
+        "outcome": Outcome.LOST,
+        "duration_seconds": 0.0,
+        "requested": ((start, stop),),
+        "received": ((start, acknowledged),),
+        "bytes_sent": acknowledged - start,
+        "bytes_acknowledged": acknowledged - start,
+    }
+    return event(job_id, **{**values, **changes})
 
 
 @pytest.mark.parametrize(
@@ -485,7 +489,7 @@ async def test_a_delivery_recorded_as_lost_that_ends_later_counts_once(database:
     await record_downloads(database, [replace(whole, outcome=Outcome.LOST, received=((0, 400),))])
     assert await count(database, job_id) == 1
     assert query(dsn, "SELECT outcome FROM download_events") == [("completed",)]
-    assert query(dsn, "SELECT isempty(received) FROM download_progress") == [(True,)]
+    assert query(dsn, "SELECT count(*) FROM download_progress") == [(0,)]
 
 
 async def test_the_next_start_records_running_deliveries_of_a_killed_process(
@@ -494,17 +498,23 @@ async def test_the_next_start_records_running_deliveries_of_a_killed_process(
     job_id, _ = await completed_job(database)
     dead = Spool.create(tmp_path / "ledger", uuid.uuid4())
     running = event(
-        job_id, outcome=Outcome.RUNNING, received=((0, 400),), bytes_acknowledged=400, daemon_id=dead.owner
+        job_id,
+        outcome=Outcome.RUNNING,
+        duration_seconds=0.0,
+        received=((0, 400),),
+        bytes_acknowledged=400,
+        daemon_id=dead.owner,
     )
-    await checkpoint_downloads(database, [running])
+    await write_running(database, [running])
     spooled = event(job_id, daemon_id=dead.owner, user_id="root")
     await dead.append([spooled])
     fcntl.flock(dead._descriptor, fcntl.LOCK_UN)
 
     # A living process's deliveries are its own.
     alive = await open_ledger(database, tmp_path / "other")
-    assert query(dsn, "SELECT outcome FROM download_events") == [("running",)]
+    assert query(dsn, "SELECT count(*) FROM exportd_running") == [(1,)]
     ledger = await open_ledger(database, tmp_path / "ledger")
+    assert query(dsn, "SELECT count(*) FROM exportd_running") == [(0,)]
     assert sorted(query(dsn, "SELECT outcome FROM download_events")) == [("completed",), ("lost",)]
     assert query(dsn, "SELECT received::text FROM download_progress WHERE user_id = 'ann'") == [
         ("{[0,400)}",)
@@ -530,16 +540,28 @@ class Away:
         if self.is_away:
             raise DatabaseUnavailable("away")
         rows = await self.real.fetch_all(*arguments)  # type: ignore[arg-type]
+        await self._answer()
+        return rows
+
+    @contextlib.asynccontextmanager
+    async def session(self) -> AsyncIterator[object]:
+        if self.is_away:
+            raise DatabaseUnavailable("away")
+        async with self.real.session() as session:
+            yield session
+            await self._answer()
+
+    async def _answer(self) -> None:
         if self.is_slow:
             # The statement has done its work; only its answer never comes.
             await asyncio.sleep(3600)
-        return rows
 
 
 @pytest.fixture
 def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("exportd.counting.ledger._TURN_SECONDS", 0.02)
-    monkeypatch.setattr("exportd.counting.ledger._SPOOL_AFTER_SECONDS", 0.1)
+    for module in ("ledger", "replay"):
+        monkeypatch.setattr(f"exportd.counting.{module}.WRITE_TIMEOUT_SECONDS", 0.1)
 
 
 @pytest.mark.parametrize("trouble", ["is_away", "is_slow"])
@@ -598,7 +620,7 @@ async def test_a_long_delivery_is_written_while_it_runs(
     stop = 100
 
     def snapshot() -> DownloadEvent:
-        return replace(running, received=((0, stop),))
+        return replace(running, bytes_acknowledged=stop)
 
     running = event(job_id, outcome=Outcome.RUNNING, daemon_id=ledger.daemon_id)
     seen = []
@@ -606,7 +628,7 @@ async def test_a_long_delivery_is_written_while_it_runs(
         async with asyncio.timeout(30):
             for expected in (100, 200, 300):
                 stop = expected
-                while query(dsn, "SELECT upper(received) FROM download_events") != [(expected,)]:
+                while query(dsn, "SELECT bytes_acknowledged FROM exportd_running") != [(expected,)]:
                     await asyncio.sleep(0.01)
                 seen.append(expected)
     assert seen == [100, 200, 300]

@@ -14,7 +14,7 @@ import pytest
 import structlog
 
 from exportd.counting.ledger import DownloadLedger, open_ledger
-from exportd.counting.running import checkpoint_downloads
+from exportd.counting.running import write_running
 from exportd.counting.spool import Spool
 from exportd.db.pool import Database
 from exportd.domain.delivery import Outcome
@@ -30,7 +30,8 @@ CUT_OFF = (
 @pytest.fixture
 def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("exportd.counting.ledger._TURN_SECONDS", 0.02)
-    monkeypatch.setattr("exportd.counting.ledger._SPOOL_AFTER_SECONDS", 0.3)
+    for module in ("ledger", "replay"):
+        monkeypatch.setattr(f"exportd.counting.{module}.WRITE_TIMEOUT_SECONDS", 0.3)
 
 
 @contextmanager
@@ -175,7 +176,7 @@ async def test_hundreds_of_lost_deliveries_are_recorded_by_few_statements(
     await dead.append([replace(event, outcome=Outcome.RUNNING) for event in left])
     fcntl.flock(dead._descriptor, fcntl.LOCK_UN)
     ledger = await open_ledger(database, tmp_path / "ledger")
-    assert query(dsn, "SELECT count(*), count(DISTINCT xmin::text) FROM download_events") == [(400, 8)]
+    assert query(dsn, "SELECT count(*), count(DISTINCT xmin::text) FROM download_events") == [(400, 1)]
     assert query(dsn, "SELECT received::text FROM download_progress") == [("{[0,400)}",)]
     await ledger.close()
     os.close(dead._descriptor)
@@ -185,7 +186,8 @@ async def test_one_rejected_event_among_hundreds_costs_few_statements(
     database: Database, ledger: DownloadLedger, dsn: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # None of them goes by the spool, however slow the machine is.
-    monkeypatch.setattr("exportd.counting.ledger._SPOOL_AFTER_SECONDS", 60.0)
+    for module in ("ledger", "replay"):
+        monkeypatch.setattr(f"exportd.counting.{module}.WRITE_TIMEOUT_SECONDS", 60.0)
     job_id, _ = await completed_job(database)
     statements = 0
     real = database.fetch_all
@@ -283,7 +285,7 @@ async def test_new_events_wait_behind_adopted_events_of_the_same_job(
     if way == "a whole one":
         # It was written down while it ran; then its end could not be.
         whole = event(job_id, daemon_id=dead.owner)
-        await checkpoint_downloads(
+        await write_running(
             database, [replace(whole, outcome=Outcome.RUNNING, received=((0, 400),), bytes_sent=400)]
         )
         await dead.append([whole])

@@ -1,4 +1,4 @@
-"""What a record costs does not grow with the history, and writing together counts as one after the other."""
+"""Records of deliveries: in batches or one by one, after faults, and of jobs that change."""
 
 import uuid
 from dataclasses import replace
@@ -6,31 +6,18 @@ from datetime import UTC, datetime, timedelta
 from random import Random
 from typing import Any
 
-import psycopg2
 import pytest
 from psycopg2.extras import register_uuid
 
-from exportd.counting import record as downloads
-from exportd.counting.grouping import one_statement
 from exportd.counting.record import record_downloads
-from exportd.counting.running import checkpoint_downloads
-from exportd.db.pool import Database
+from exportd.counting.upkeep import judge_late_jobs, prune
+from exportd.db.pool import Database, ValueRefused
 from exportd.domain.delivery import DownloadEvent, Outcome
-from tests.counting.test_ledger import completed_job, count, event, lost, part
+from tests.counting.test_ledger import DIGEST, completed_job, count, event, lost, part
 from tests.support.postgres import query
 
 register_uuid()
 LONG_AGO = datetime.now(UTC) - timedelta(hours=1)
-HISTORY = 8000
-
-
-def groups(events: list[DownloadEvent]) -> list[list[DownloadEvent]]:
-    found = []
-    while events:
-        may_join = one_statement()
-        found.append([event for event in events if may_join(event)])
-        events = [event for event in events if event not in found[-1]]
-    return found
 
 
 def deliveries(random: Random, job_id: uuid.UUID) -> list[DownloadEvent]:
@@ -52,7 +39,7 @@ def deliveries(random: Random, job_id: uuid.UUID) -> list[DownloadEvent]:
                 job_id,
                 user_id=random.choice(["ann", "ann", "bob"]),
                 outcome=Outcome.COMPLETED if outcome == "whole" else outcome,
-                started_at=LONG_AGO + timedelta(seconds=random.randint(0, 50) * 10),
+                started_at=LONG_AGO + timedelta(seconds=random.random() * 500),
                 requested=((begins, ends),),
                 received=((begins, acknowledged),) if acknowledged > begins else (),
                 bytes_sent=sent - begins,
@@ -62,43 +49,45 @@ def deliveries(random: Random, job_id: uuid.UUID) -> list[DownloadEvent]:
     return events
 
 
+def ended_at(event: DownloadEvent) -> datetime:
+    return event.started_at + timedelta(seconds=event.duration_seconds)
+
+
 async def write(database: Database, dsn: str, groups: list[list[DownloadEvent]]) -> list[tuple[Any, ...]]:
     """The count, and what each has in the end."""
-    lost = [event for group in groups for event in group if event.outcome == "lost"]
-    await checkpoint_downloads(database, [replace(event, outcome=Outcome.RUNNING) for event in lost])
-    query(
-        dsn, "UPDATE download_events SET updated_at = started_at + interval '15 s' WHERE outcome = 'running'"
-    )
     for group in groups:
         await record_downloads(database, group)
     job_id = groups[0][0].job_id
     rows = query(
         dsn,
-        "SELECT user_id, received::text, completed_at > '-infinity' FROM download_progress WHERE job_id = %s"
+        "SELECT user_id, received::text, tails, resumes FROM download_progress WHERE job_id = %s"
         " ORDER BY user_id",
         (job_id,),
     )
-    return [(await count(database, job_id),), *((user, received) for user, received, _ in rows)]
+    return [(await count(database, job_id),), *rows]
 
 
 @pytest.mark.parametrize("seed", range(20))
 async def test_writing_together_counts_as_writing_one_after_the_other(
     database: Database, dsn: str, seed: int
 ) -> None:
+    """Each kill's deliveries are one record; a batch is written in the order of the deliveries' ends."""
     random = Random(seed)
     for _ in range(10):
         together, singly = (await completed_job(database))[0], (await completed_job(database))[0]
         events = deliveries(random, together)
-        same = [replace(event, job_id=singly, event_id=uuid.uuid4()) for event in events]
-        assert len(groups(events)) == 1
-        assert await write(database, dsn, groups(events)) == await write(
-            database, dsn, [[one] for one in same]
-        )
+        kills = {event.daemon_id: event for event in events if event.outcome == "lost"}
+        events = [event for event in events if event.outcome != "lost" or event is kills[event.daemon_id]]
+        same = [
+            replace(event, job_id=singly, event_id=uuid.uuid4()) for event in sorted(events, key=ended_at)
+        ]
+        random.shuffle(events)
+        assert await write(database, dsn, [events]) == await write(database, dsn, [[one] for one in same])
 
 
 @pytest.mark.parametrize("outcome", ["aborted", "lost"])
 @pytest.mark.parametrize("order", [[0, 1], [1, 0]])
-async def test_an_interrupted_delivery_and_its_resume_may_share_a_statement(
+async def test_an_interrupted_delivery_and_its_resume_may_share_a_batch(
     database: Database, dsn: str, outcome: str, order: list[int]
 ) -> None:
     job_id, _ = await completed_job(database)
@@ -111,7 +100,7 @@ async def test_an_interrupted_delivery_and_its_resume_may_share_a_statement(
         daemon_id=uuid.uuid4(),
     )
     both = [broken, part(job_id, 600, 1000, started_at=LONG_AGO + timedelta(seconds=20))]
-    assert await write(database, dsn, [[both[number] for number in order]]) == [(1,), ("ann", "{}")]
+    assert await write(database, dsn, [[both[number] for number in order]]) == [(1,)]
 
 
 async def test_a_resume_counts_from_its_own_turn_on(database: Database, dsn: str) -> None:
@@ -119,105 +108,7 @@ async def test_a_resume_counts_from_its_own_turn_on(database: Database, dsn: str
     broken = event(job_id, outcome=Outcome.ABORTED, started_at=LONG_AGO, received=((0, 400),), bytes_sent=700)
     earlier = part(job_id, 600, 1000, started_at=LONG_AGO - timedelta(seconds=1))
     resume = part(job_id, 600, 700, started_at=LONG_AGO + timedelta(seconds=1))
-    assert await write(database, dsn, [[broken, earlier, resume]]) == [(1,), ("ann", "{}")]
-
-
-async def test_hundreds_of_one_principals_broken_connections_are_a_few_statements() -> None:
-    job_id = uuid.uuid4()
-    dropped = [part(job_id, number, number + 1, outcome=Outcome.ABORTED) for number in range(600)]
-    assert [len(group) for group in groups(dropped)] == [50] * 12
-    others = [part(uuid.uuid4(), 0, 1) for _ in range(300)]
-    assert [len(group) for group in groups([*dropped, *others])] == [350, *[50] * 11]
-
-
-async def test_a_later_event_does_not_overtake_a_waiting_one_of_its_principal() -> None:
-    job_id = uuid.uuid4()
-    events = [part(job_id, number, number + 1) for number in range(51)]
-    last = event(job_id)
-    assert [group[-1] for group in groups([*events, last])] == [events[49], last]
-
-
-@pytest.fixture
-async def history(database: Database, dsn: str) -> uuid.UUID:
-    """A job of which one principal has thousands of bytes, each by a delivery of its own: completed ones, and
-    some that broke off and may have brought more."""
-    job_id, _ = await completed_job(database)
-    query(
-        dsn,
-        "INSERT INTO download_events (event_id, job_id, user_id, started_at, duration_seconds, outcome,"
-        " http_status, requested, received, bytes_sent, package_size_bytes, request_id, daemon_id)"
-        " SELECT gen_random_uuid(), %s, 'ann', now() - interval '1 hour' + make_interval(secs => n * 0.1), 1,"
-        "        CASE n %% 2 WHEN 0 THEN 'completed' ELSE 'aborted' END, 206,"
-        "        int8multirange(int8range(3 * n, 3 * n + 2)), int8multirange(int8range(3 * n, 3 * n + 1)), 2,"
-        "        100000, '', gen_random_uuid()"
-        "   FROM generate_series(1, %s) AS n",
-        (job_id, HISTORY),
-    )
-    query(
-        dsn,
-        "INSERT INTO download_progress (job_id, user_id, received)"
-        " SELECT job_id, user_id, range_agg(part) FROM download_events, unnest(received) AS part"
-        "  GROUP BY 1, 2",
-    )
-    query(dsn, "ANALYZE download_events")
-    return job_id
-
-
-def nodes(plan: dict[str, Any]) -> list[dict[str, Any]]:
-    return [plan, *(node for inner in plan.get("Plans", ()) for node in nodes(inner))]
-
-
-def rows_read(dsn: str, events: list[DownloadEvent]) -> float:
-    """How many rows of the events' table the record of those looks at."""
-    columns = downloads.columns_of(events) | {"is_whole": [event.is_whole for event in events]}
-    with psycopg2.connect(dsn) as connection, connection.cursor() as cursor:
-        statement = f"EXPLAIN (ANALYZE, FORMAT JSON) {downloads.RECORD_DOWNLOADS}"
-        cursor.execute(statement, columns)
-        row = cursor.fetchone()
-        assert row is not None
-        connection.rollback()
-    found = 0.0
-    for node in nodes(row[0][0]["Plan"]):
-        if node.get("Relation Name") == "download_events" and node["Node Type"] != "ModifyTable":
-            removed = node.get("Rows Removed by Filter", 0) + node.get("Rows Removed by Index Recheck", 0)
-            found += (node["Actual Rows"] + removed) * node["Actual Loops"]
-    connection.close()
-    return found
-
-
-@pytest.mark.fresh_database
-async def test_a_record_looks_at_few_rows_whatever_the_principal_did_before(
-    history: uuid.UUID, dsn: str
-) -> None:
-    resuming = part(history, 30_000, 30_001, package_size_bytes=100_000)
-    assert rows_read(dsn, [resuming]) <= 64
-    broken = event(
-        history,
-        outcome=Outcome.ABORTED,
-        started_at=LONG_AGO,
-        received=((0, 500),),
-        bytes_sent=30_000,
-        package_size_bytes=100_000,
-    )
-    assert rows_read(dsn, [broken]) <= 64
-    assert rows_read(dsn, [resuming, broken, part(history, 5, 6, package_size_bytes=100_000)]) <= 4 * 64
-    # Who downloads the whole is none the worse for anybody's history.
-    assert rows_read(dsn, [event(history, package_size_bytes=100_000)]) == 0
-
-
-@pytest.mark.fresh_database
-async def test_the_largest_pieces_of_a_scattered_progress_are_kept(
-    history: uuid.UUID, database: Database, dsn: str
-) -> None:
-    await record_downloads(database, [part(history, 50_000, 60_000, package_size_bytes=100_000)])
-    pieces = query(dsn, "SELECT unnest(received)::text FROM download_progress")
-    assert len(pieces) == 500
-    assert ("[50000,60000)",) in pieces
-    # They are the beginning of a whole download like any other.
-    await record_downloads(database, [part(history, 0, 50_000, package_size_bytes=100_000)])
-    assert await count(database, history) == 0
-    await record_downloads(database, [part(history, 60_000, 100_000, package_size_bytes=100_000)])
-    assert await count(database, history) == 1
+    assert await write(database, dsn, [[broken, earlier, resume]]) == [(1,)]
 
 
 @pytest.mark.parametrize("outcome", ["aborted", "lost"])
@@ -235,7 +126,6 @@ async def test_a_resume_among_very_many_is_compared_with_the_last_that_broke_off
         daemon_id=killed,
     )
     await record_downloads(database, [broken])
-    query(dsn, "UPDATE download_events SET updated_at = now() - interval '95 s'")
     # A long delivery began then, and ends when many others have come and gone.
     resume = part(job_id, 600, 1000, started_at=now - timedelta(seconds=90))
     later = [
@@ -268,8 +158,6 @@ async def test_a_resume_explains_an_interrupted_delivery_recorded_later(
         bytes_sent=700,
         daemon_id=uuid.uuid4(),
     )
-    await checkpoint_downloads(database, [replace(broken, outcome=Outcome.RUNNING)])
-    query(dsn, "UPDATE download_events SET updated_at = started_at + interval '1 s'")
     await record_downloads(database, [part(job_id, 600, 1000, started_at=began + timedelta(seconds=2))])
     assert await count(database, job_id) == 0
     await record_downloads(database, [broken])
@@ -278,7 +166,7 @@ async def test_a_resume_explains_an_interrupted_delivery_recorded_later(
 
 async def test_a_resume_infers_nothing_if_the_byte_before_it_was_received(database: Database) -> None:
     job_id, _ = await completed_job(database)
-    for broken in (lost(job_id, 0, 200, 1000), part(job_id, 500, 700)):
+    for broken in (lost(job_id, 0, 200, 1000), part(job_id, 500, 700, started_at=LONG_AGO)):
         await record_downloads(database, [broken])
     await record_downloads(database, [part(job_id, 700, 1000)])
     assert await count(database, job_id) == 0
@@ -357,8 +245,16 @@ async def test_a_lost_delivery_that_was_resumed_and_ends_whole_after_all_is_no_s
     assert await count(database, job_id) == 2
 
 
-@pytest.mark.parametrize("is_together", [True, False])
-@pytest.mark.parametrize(("order", "expected"), [([0, 1], "{[0,450),[700,999)}"), ([1, 0], "{[0,999)}")])
+@pytest.mark.parametrize(
+    ("order", "is_together", "expected"),
+    [
+        ([0, 1], False, "{[0,450),[700,999)}"),
+        ([1, 0], False, "{[0,999)}"),
+        # A batch is recorded in the order of the ends.
+        ([0, 1], True, "{[0,450),[700,999)}"),
+        ([1, 0], True, "{[0,450),[700,999)}"),
+    ],
+)
 async def test_a_resume_uses_the_real_end_of_a_delivery_once_recorded_as_lost(
     database: Database, dsn: str, order: list[int], expected: str, is_together: bool
 ) -> None:
@@ -367,7 +263,6 @@ async def test_a_resume_uses_the_real_end_of_a_delivery_once_recorded_as_lost(
     await record_downloads(
         database, [replace(end, outcome=Outcome.LOST, received=((0, 400),), bytes_sent=400)]
     )
-    query(dsn, "UPDATE download_events SET updated_at = started_at + interval '1 s'")
     resume = part(job_id, 700, 999, started_at=LONG_AGO + timedelta(seconds=10))
     both = [[end, resume][number] for number in order]
     for group in [both] if is_together else [[one] for one in both]:
@@ -413,17 +308,6 @@ async def test_a_delivery_after_the_completion_counts_even_if_recorded_late(
     events = [part(job_id, 0, 500, started_at=after(0)), second, broken_off(job_id, 20)]
     await record(database, [*events, part(job_id, 600, 1000, started_at=after(30))], is_together)
     assert await count(database, job_id) == 2
-
-
-@together
-async def test_a_whole_delivery_alone_is_noted_with_its_own_end(
-    database: Database, dsn: str, is_together: bool
-) -> None:
-    job_id, _ = await completed_job(database)
-    await record_downloads(database, [part(job_id, 0, 500, started_at=after(0))])
-    whole = [event(job_id, started_at=after(began), duration_seconds=1) for began in (10, 30, 20)]
-    await record(database, whole, is_together)
-    assert query(dsn, "SELECT completed_at FROM download_progress") == [(after(31),)]
 
 
 @together
@@ -496,3 +380,140 @@ async def test_a_delivery_that_failed_after_bytes_were_sent_may_be_resumed_like_
     resume = part(job_id, 600, 1000, started_at=after(10))
     await record(database, [broken_off(job_id, 0, outcome=Outcome.FAILED), resume], is_together)
     assert await count(database, job_id) == 1
+
+
+@pytest.mark.parametrize(
+    ("column", "limit"), [("integer", 2**31 - 1), ("smallint", 2**15 - 1), ("bigint", 2**63 - 1)]
+)
+@pytest.mark.fresh_database
+async def test_a_column_of_bytes_that_is_too_small_costs_no_count(
+    database: Database, dsn: str, column: str, limit: int
+) -> None:
+    job_id, _ = await completed_job(database)
+    query(dsn, f"ALTER TABLE export_jobs ALTER COLUMN bytes_served TYPE {column}")
+    query(dsn, "UPDATE export_jobs SET bytes_served = %s", (limit - 1500,))
+    await record_downloads(database, [event(job_id)])
+    assert query(dsn, "SELECT download_count, bytes_served FROM export_jobs") == [(1, limit - 500)]
+    await record_downloads(database, [event(job_id)])
+    for start in (0, 500):
+        await record_downloads(database, [part(job_id, start, start + 500)])
+    assert query(dsn, "SELECT download_count, bytes_served FROM export_jobs") == [(3, limit)]
+
+
+async def test_a_package_that_is_made_again_shares_no_progress(database: Database, dsn: str) -> None:
+    job_id, _ = await completed_job(database)
+    for digest in ("a" * 64, "b" * 64):
+        await record_downloads(database, [part(job_id, 0, 500, package_sha256=digest)])
+    # The record of a delivery of the first package may come late.
+    await record_downloads(database, [part(job_id, 500, 999, package_sha256="a" * 64)])
+    assert await count(database, job_id) == 0
+    await record_downloads(database, [part(job_id, 500, 1000, package_sha256="b" * 64)])
+    assert await count(database, job_id) == 1
+    await record_downloads(database, [event(job_id, package_sha256="b" * 64)])
+    assert query(dsn, "SELECT package_sha256, received::text FROM download_progress") == [
+        ("a" * 64, "{[0,999)}")
+    ]
+    await record_downloads(database, [part(job_id, 999, 1000, package_sha256="a" * 64)])
+    assert await count(database, job_id) == 3
+
+
+@pytest.mark.parametrize("is_whole", [True, False])
+async def test_a_delivery_without_a_digest_is_one_of_the_present_package(
+    database: Database, dsn: str, is_whole: bool
+) -> None:
+    """The spool of an earlier version has no digests."""
+    job_id, _ = await completed_job(database)
+    await record_downloads(database, [part(job_id, 0, 500, package_sha256=DIGEST)])
+    await record_downloads(database, [event(job_id) if is_whole else part(job_id, 500, 1000)])
+    assert await count(database, job_id) == 1
+    assert query(dsn, "SELECT count(*) FROM download_progress") == [(0,)]
+
+
+@pytest.mark.parametrize("is_whole", [True, False])
+async def test_a_delivery_counts_when_its_job_comes_later(
+    database: Database, dsn: str, is_whole: bool
+) -> None:
+    """A standby that took over without the job's row gets it from the application."""
+    job_id = uuid.uuid4()
+    parts = [event(job_id)] if is_whole else [part(job_id, 0, 500), part(job_id, 500, 1000)]
+    for _ in range(2):
+        for one in parts:
+            await record_downloads(database, [one])
+    await judge_late_jobs(database)
+    assert query(dsn, "SELECT bool_or(is_judged) FROM download_events") == [(False,)]
+    await completed_job(database, job_id)
+    for _ in range(2):
+        await judge_late_jobs(database)
+    assert query(dsn, "SELECT download_count, bytes_served FROM export_jobs") == [(1, 1000)]
+    assert query(dsn, "SELECT bool_and(is_judged) FROM download_events") == [(True,)]
+
+
+async def test_a_delivery_lost_before_its_job_came_counts_by_its_end(database: Database, dsn: str) -> None:
+    job_id = uuid.uuid4()
+    end = event(job_id)
+    await record_downloads(
+        database, [replace(end, outcome=Outcome.LOST, received=((0, 400),), bytes_sent=400)]
+    )
+    await completed_job(database, job_id)
+    await record_downloads(database, [end])
+    await judge_late_jobs(database)
+    assert query(dsn, "SELECT download_count, bytes_served FROM export_jobs") == [(1, 1000)]
+
+
+async def test_a_loss_and_an_end_in_one_batch_are_one_end(database: Database, dsn: str) -> None:
+    job_id, _ = await completed_job(database)
+    end = event(job_id)
+    loss = replace(end, outcome=Outcome.LOST, received=((0, 400),), bytes_sent=400)
+    for batch in ([end, loss, end], [loss], [loss, end]):
+        await record_downloads(database, batch)
+    assert query(dsn, "SELECT download_count, bytes_served FROM export_jobs") == [(1, 1000)]
+
+
+async def test_the_end_of_a_recorded_delivery_removes_a_checkpoint_that_came_late(
+    database: Database, dsn: str
+) -> None:
+    job_id, _ = await completed_job(database)
+    end = part(job_id, 0, 500)
+    await record_downloads(database, [end])
+    query(
+        dsn,
+        "INSERT INTO exportd_running SELECT event_id, job_id, user_id, daemon_id, started_at, http_status,"
+        " requested, package_size_bytes, package_sha256, request_id, 1, 1, 1, now() FROM download_events",
+    )
+    await record_downloads(database, [replace(end, outcome=Outcome.LOST)])
+    assert query(dsn, "SELECT count(*) FROM exportd_running") == [(0,)]
+    assert query(dsn, "SELECT outcome FROM download_events") == [("completed",)]
+
+
+async def test_a_batch_of_hundreds_counts_each_principal_and_job(database: Database, dsn: str) -> None:
+    jobs = [(await completed_job(database))[0] for _ in range(5)]
+    batch = [
+        part(job_id, start, start + 500, user_id=f"user {number}")
+        for job_id in jobs
+        for number in range(50)
+        for start in (0, 500)
+    ]
+    assert len(batch) == 500
+    await record_downloads(database, batch)
+    assert query(dsn, "SELECT download_count, bytes_served FROM export_jobs") == [(50, 50_000)] * 5
+    assert query(dsn, "SELECT count(DISTINCT xmin::text) FROM download_events") == [(1,)]
+
+
+async def test_progress_with_a_deleted_package_is_pruned(database: Database, dsn: str) -> None:
+    kept, deleted, made_again = [(await completed_job(database))[0] for _ in range(3)]
+    for job_id in (kept, deleted, made_again, uuid.uuid4()):
+        await record_downloads(database, [part(job_id, 0, 500)])
+    query(dsn, "UPDATE export_jobs SET package_path = NULL WHERE job_id = %s", (str(deleted),))
+    query(dsn, "UPDATE export_jobs SET package_sha256 = 'other' WHERE job_id = %s", (str(made_again),))
+    query(dsn, "UPDATE download_progress SET updated_at = now() - interval '2 days'")
+    assert await prune(database, 0) == 0
+    assert query(dsn, "SELECT job_id FROM download_progress") == [(kept,)]
+    await record_downloads(database, [part(kept, 500, 1000)])
+    assert await count(database, kept) == 1
+
+
+async def test_a_text_that_is_not_unicode_is_refused(database: Database) -> None:
+    job_id, _ = await completed_job(database)
+    for text in ("\ud800", "\0"):
+        with pytest.raises(ValueRefused):
+            await record_downloads(database, [event(job_id, user_id=text)])

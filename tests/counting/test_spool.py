@@ -37,9 +37,9 @@ class Writer:
 
 
 async def replay(spool: Spool, write: Callable[[list[DownloadEvent]], Awaitable[None]]) -> None:
-    while waiting := await spool.waiting():
-        await write(waiting)
-        await spool.written(waiting)
+    while waiting := spool.waiting(JOB):
+        await write(list(waiting))
+        await spool.written(JOB, len(waiting))
 
 
 @pytest.fixture
@@ -196,15 +196,14 @@ async def test_only_unwritten_events_stay_in_the_spool(spool: Spool, tmp_path: P
     given = events(4)
     other = event(uuid.uuid4())
     await spool.append([*given[:2], other])
-    (first, second, third) = await spool.waiting()
-    await spool.written([first, third])
+    await spool.written(JOB, 1)
     await spool.append(given[2:])
-    assert [item.event_id for item in await spool.waiting()] == [item.event_id for item in given[1:]]
-    assert (len(spool), set(spool.job_ids)) == (3, {JOB})
-    # Whoever finds the file later gets all of it again.
+    assert spool.waiting(JOB) == tuple(given[1:])
+    assert (len(spool), list(spool.job_ids)) == (4, [JOB, other.job_id])
+    await spool.written(other.job_id, 1)
+    # Another process that finds the file gets all of the events again.
     assert len(list(spool.read())) == 5
-    await spool.written([second])
-    await spool.written(await spool.waiting())
+    await spool.written(JOB, 3)
     assert (len(spool), set(spool.job_ids)) == (0, set())
     assert file_of(spool, tmp_path).stat().st_size == 0
 
@@ -213,9 +212,11 @@ async def test_an_unwritable_event_waits_in_memory_once(spool: Spool) -> None:
     given = events(3)
     await spool.append(given[:1])
     for _ in range(2):
-        await spool.keep(given[1:])
-    assert (await spool.waiting(), len(spool), spool.unsaved) == (given, 3, given[1:])
-    await spool.written(await spool.waiting())
+        spool.keep(given[1:])
+    assert (spool.waiting(JOB), len(spool), spool.unsaved) == (tuple(given), 3, given[1:])
+    await spool.written(JOB, 2)
+    assert (len(spool), spool.unsaved) == (1, given[2:])
+    await spool.written(JOB, 1)
     assert (len(spool), spool.unsaved) == (0, [])
 
 
@@ -268,15 +269,12 @@ async def test_a_line_of_another_version_is_told_and_kept(spool: Spool, tmp_path
     assert file.with_suffix(".damaged").exists()
 
 
-async def test_an_unwritable_event_is_kept_if_no_thread_can_start(
-    spool: Spool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    await spool.append(events(1))
-    with monkeypatch.context() as patched:
-
-        async def refuse(*_: object) -> None:
-            raise RuntimeError("can't start new thread")
-
-        patched.setattr("asyncio.to_thread", refuse)
-        await spool.keep(events(2)[1:])
-    assert [event.request_id for event in await spool.waiting()] == ["r0", "r1"]
+async def test_a_line_of_the_earlier_version_is_read(spool: Spool, tmp_path: Path) -> None:
+    """It had no SHA-256 of the package."""
+    (given,) = events(1)
+    await spool.append([given])
+    file = file_of(spool, tmp_path)
+    content = file.read_bytes()[10:-1].replace(b',"package_sha256":""', b"")
+    assert b"package_sha256" not in content
+    file.write_bytes(b"\n%08x %b\n" % (zlib.crc32(content), content))
+    assert list(spool.read()) == [given]

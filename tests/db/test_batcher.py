@@ -1,13 +1,8 @@
 """Items that come in together are answered together, and each is answered."""
 
 import asyncio
-from collections.abc import Callable
 
-from exportd.db.batcher import Batcher
-
-
-def anything() -> Callable[[int], bool]:
-    return lambda _: True
+from exportd.db.batcher import MAX_BATCH_SIZE, Batcher
 
 
 async def test_an_item_submitted_during_the_last_answer_is_processed() -> None:
@@ -15,7 +10,7 @@ async def test_an_item_submitted_during_the_last_answer_is_processed() -> None:
         await asyncio.sleep(0.001)
         return [2 * item for item in items]
 
-    gatherer = Batcher(double, anything, at_once=1)
+    gatherer = Batcher(double, at_once=1)
     async with asyncio.timeout(30):
         for number in range(5):
             # Each in the loop's turn in which the one before was answered.
@@ -28,7 +23,7 @@ async def test_many_that_end_at_any_moment_are_answered() -> None:
         await asyncio.sleep(0.001)
         return items
 
-    gatherer = Batcher(wait, anything, at_once=2)
+    gatherer = Batcher(wait, at_once=2)
 
     async def ask(number: int) -> None:
         for turns in range(20):
@@ -39,3 +34,15 @@ async def test_many_that_end_at_any_moment_are_answered() -> None:
     async with asyncio.timeout(30):
         await asyncio.gather(*map(ask, range(5)))
     assert gatherer.waiting == 0
+
+
+async def test_a_batch_has_a_largest_size() -> None:
+    sizes: list[int] = []
+
+    async def measure(items: list[int]) -> list[int]:
+        sizes.append(len(items))
+        return items
+
+    batcher = Batcher(measure, at_once=1)
+    await asyncio.gather(*(batcher.submit(number) for number in range(2 * MAX_BATCH_SIZE + 1)))
+    assert sizes == [MAX_BATCH_SIZE, MAX_BATCH_SIZE, 1]

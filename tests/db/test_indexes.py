@@ -8,7 +8,7 @@ import psycopg2
 import pytest
 from psycopg2.extras import register_uuid
 
-from exportd.counting import record as downloads
+from exportd.counting import record, upkeep
 from exportd.db import job_details, jobs, links, packing, re_exports, statistics
 from exportd.db.expiry import _FIND_UNFINISHED, TAKE_EXPIRED
 from exportd.limits import quota
@@ -45,6 +45,17 @@ def large_dsn(dsn: str) -> str:
     )
     query(
         dsn,
+        "INSERT INTO download_progress (job_id, user_id, package_size_bytes, package_sha256)"
+        " SELECT job_id, user_id, 9, '' FROM export_jobs",
+    )
+    query(
+        dsn,
+        "INSERT INTO exportd_running"
+        " SELECT event_id, job_id, user_id, event_id, started_at, 200, requested, 9, '', '', 0, 0, 0, now()"
+        "   FROM download_events",
+    )
+    query(
+        dsn,
         "INSERT INTO exportd_download_links (ticket_sha256, job_id, user_id, is_admin, start_until,"
         "                                    resume_until)"
         " SELECT sha256(job_id::text::bytea), job_id, user_id, false, created_at,"
@@ -62,7 +73,9 @@ def nodes(plan: dict[str, Any]) -> list[dict[str, Any]]:
     return [plan, *(node for inner in plan.get("Plans", ()) for node in nodes(inner))]
 
 
-LARGE = ("export_jobs", "download_events", "exportd_download_links")
+LARGE = (
+    "export_jobs", "download_events", "download_progress", "exportd_running", "exportd_download_links",
+)  # fmt: skip
 STATEMENTS: dict[str, tuple[str, Any]] = {
     "look-up": (jobs._FIND_JOBS, ([JOB],)),
     "list of all": (job_details.LIST_ALL, PAGE),
@@ -88,7 +101,10 @@ STATEMENTS: dict[str, tuple[str, Any]] = {
     "a link": (links.FIND_LINK, (b"x" * 32,)),
     "links of a job": (links.REVOKE_LINKS, {"job_id": JOB, "user_id": None}),
     "old links": (links.PRUNE_LINKS, ()),
-    "old events": (downloads._PRUNE_EVENTS, (365, 5000)),
+    "old events": (upkeep._PRUNE_EVENTS, (365, 5000)),
+    "deliveries of late jobs": (upkeep._FIND_JUDGEABLE, (JOB, 500)),
+    "known deliveries": (record._FIND_EVENTS, ([JOB],)),
+    "progress": (record._FIND_PROGRESS, ([JOB], ["user-5"])),
 }
 
 

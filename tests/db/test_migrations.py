@@ -20,7 +20,12 @@ from exportd.db.migrate import (
 from tests.support.postgres import database_dsn, query
 
 REPOSITORY = Path(__file__).parent.parent.parent
-FIRST, SECOND, THIRD = ALL = ["0001.export-jobs", "0002.download-tracking", "0003.deliveries-and-packages"]
+FIRST, SECOND, THIRD, FOURTH = ALL = [
+    "0001.export-jobs",
+    "0002.download-tracking",
+    "0003.deliveries-and-packages",
+    "0004.counting",
+]
 JOB = "11111111-2222-3333-4444-555555555555"
 
 
@@ -70,12 +75,15 @@ def test_status_tells_what_is_applied(empty_dsn: str) -> None:
     assert migrate_up(empty_dsn) == ALL
     assert status() == [(name, True) for name in ALL]
     assert migrate_up(empty_dsn) == []
-    assert migrate_down(empty_dsn) == THIRD
-    assert status() == [(name, name != THIRD) for name in ALL]
+    assert migrate_down(empty_dsn) == FOURTH
+    assert status() == [(name, name != FOURTH) for name in ALL]
 
 
 @pytest.mark.fresh_database
 def test_down_on_an_empty_schema_leaves_nothing(dsn: str) -> None:
+    assert migrate_down(dsn) == FOURTH
+    assert "exportd_running" not in tables(dsn)
+    assert "updated_at" in columns(dsn, "download_events")
     assert migrate_down(dsn) == THIRD
     assert tables(dsn) == {"export_jobs", "download_events", "download_progress"}
     assert {"pack_source", "package_suspect_since"}.isdisjoint(columns(dsn))

@@ -8,9 +8,10 @@ from datetime import UTC, datetime, timedelta
 import pytest
 import structlog
 
-from exportd.counting import record as downloads
-from exportd.counting.record import prune_events, record_downloads
-from exportd.counting.running import checkpoint_downloads
+from exportd.counting import upkeep
+from exportd.counting.record import record_downloads
+from exportd.counting.running import write_running
+from exportd.counting.upkeep import prune
 from exportd.db.pool import Database
 from exportd.jobs.cleanup import on_schedule
 from tests.counting.test_ledger import completed_job, count, event, part
@@ -23,7 +24,7 @@ async def test_old_events_go_and_what_they_counted_stays(
     dsn: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(downloads, "_PRUNED_AT_ONCE", 3)
+    monkeypatch.setattr(upkeep, "_PRUNED_AT_ONCE", 3)
     job_id, _ = await completed_job(database)
     long_ago = datetime.now(UTC) - timedelta(days=31)
     for _ in range(7):
@@ -32,12 +33,13 @@ async def test_old_events_go_and_what_they_counted_stays(
     recent = event(job_id, started_at=long_ago + timedelta(days=2))
     await record_downloads(database, [recent])
     running = event(job_id, started_at=long_ago, outcome="running")
-    await checkpoint_downloads(database, [running])
+    await write_running(database, [running])
 
-    assert await prune_events(database, 30) == 8
-    assert await prune_events(database, 30) == 0
+    assert await prune(database, 30) == 8
+    assert await prune(database, 30) == 0
     left = {row[0] for row in query(dsn, "SELECT event_id::text FROM download_events")}
-    assert left == {str(recent.event_id), str(running.event_id)}
+    assert left == {str(recent.event_id)}
+    assert query(dsn, "SELECT count(*) FROM exportd_running") == [(1,)]
     assert await count(database, job_id) == 8
 
 

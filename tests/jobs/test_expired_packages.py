@@ -14,7 +14,7 @@ import pytest
 import structlog
 
 from exportd.counting.record import record_downloads
-from exportd.counting.running import checkpoint_downloads
+from exportd.counting.running import write_running
 from exportd.db.pool import Database
 from exportd.http.validators import http_date
 from exportd.jobs import cleanup as cleanup_module
@@ -226,7 +226,7 @@ async def test_the_cleanup_waits_for_who_may_resume(cleanup: Cleanup, database: 
     waiting = jobs.add(noise(1000), package_expires_at=JUST_NOW)
     await record_downloads(database, [unfinished(waiting.job_id)])
     running = jobs.add(noise(1000), package_expires_at=JUST_NOW)
-    await checkpoint_downloads(database, [unfinished(running.job_id, outcome="running")])
+    await write_running(database, [unfinished(running.job_id, outcome="running")])
     ready = jobs.add(noise(1000), package_expires_at=JUST_NOW)
     summary = await cleanup.run()
     assert summary is not None

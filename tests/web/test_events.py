@@ -13,7 +13,7 @@ import pytest
 import structlog
 
 from exportd.counting import ledger
-from exportd.counting.running import checkpoint_downloads
+from exportd.counting.running import write_running
 from exportd.db.pool import Database
 from exportd.jobs import hub
 from exportd.web.jobs import events
@@ -115,11 +115,11 @@ async def test_the_callers_own_downloads_are_told_as_they_go(
     )
     async with watching(client, package) as stream:
         assert (await stream.next())[1]["downloads"] == []
-        await checkpoint_downloads(database, [other, running])
+        await write_running(database, [other, running])
         (download,) = (await stream.next())[1]["downloads"]
         assert (download["downloadId"], download["bytesAcknowledged"]) == (str(running.event_id), 0)
         assert download["bytesRequested"] == 1000
-        query(jobs.dsn, "UPDATE download_events SET bytes_acknowledged = 700")
+        query(jobs.dsn, "UPDATE exportd_running SET bytes_acknowledged = 700")
         (download,) = (await stream.next())[1]["downloads"]
         assert download["bytesAcknowledged"] == 700
 
@@ -164,7 +164,7 @@ async def test_events_list_the_newest_running_downloads(start: Start, jobs: Jobs
         event(UUID(package.job_id), outcome="running", received=(), started_at=began + timedelta(seconds=n))
         for n in range(40)
     ]
-    await checkpoint_downloads(database, running)
+    await write_running(database, running)
     async with watching(client, package) as stream:
         told = [download["downloadId"] for download in (await stream.next())[1]["downloads"]]
     assert told == [str(item.event_id) for item in running[8:]]

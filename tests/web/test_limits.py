@@ -2,11 +2,15 @@
 
 import asyncio
 from typing import Any
+from uuid import UUID
 
 import pytest
 import structlog
 from aiohttp.test_utils import TestClient
 
+from exportd.counting.running import write_running
+from exportd.db.pool import Database
+from tests.counting.test_ledger import event
 from tests.support.application import ADMIN, ANN, BASE, EVE, Jobs, Package, Start, noise, until_idle
 from tests.support.postgres import query
 from tests.support.scrape import scrape
@@ -237,7 +241,9 @@ async def test_no_link_is_made_for_a_package_that_cannot_be_downloaded(start: St
     assert await make(package) == (429, "bytes_per_user_per_day")
 
 
-async def test_the_quota_counts_what_arrived_and_what_runs(start: Start, jobs: Jobs) -> None:
+async def test_the_quota_counts_what_arrived_and_what_runs(
+    start: Start, jobs: Jobs, database: Database
+) -> None:
     client = await start(limits={"bytes_per_user_per_day": 1000})
     package = jobs.add(b"x" * 600)
     assert (await ask(client, package.url, {**ANN, "Range": "bytes=0-399"}))[0] == 206
@@ -246,10 +252,12 @@ async def test_the_quota_counts_what_arrived_and_what_runs(start: Start, jobs: J
     await until_idle(client)
     assert (await ask(client, package.url))[0] == 429
     # What runs may take all that it asked for: 400 and 600.
-    query(jobs.dsn, "UPDATE download_events SET outcome = 'running', bytes_acknowledged = 1")
+    query(jobs.dsn, "UPDATE download_events SET bytes_acknowledged = 1")
+    running = [event(UUID(package.job_id), outcome="running", requested=((0, size),)) for size in (400, 600)]
+    await write_running(database, running)
     async with client.get(package.url, headers=ANN) as response:
         assert (response.status, response.headers["Retry-After"]) == (429, "10")
-    query(jobs.dsn, "UPDATE download_events SET outcome = 'aborted'")
+    query(jobs.dsn, "DELETE FROM exportd_running")
     assert (await ask(client, package.url))[0] == 200
 
 

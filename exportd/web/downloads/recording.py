@@ -2,15 +2,13 @@
 
 import asyncio
 import time
-import uuid
 from collections.abc import Sequence
-from datetime import UTC, datetime
 
 import structlog
 from aiohttp import web
 
 from exportd.delivery.progress import Progress
-from exportd.domain.delivery import Delivery, DownloadEvent, Failure, Outcome
+from exportd.domain.delivery import Delivery, DownloadEvent, Failure, Outcome, first_bytes, new_event_id
 from exportd.domain.job import Job
 from exportd.domain.principal import Principal
 from exportd.domain.sizes import size_range
@@ -42,8 +40,7 @@ class RecordedDelivery:
         self._package = package
         self._plan = plan
         self._progress = Progress()
-        self._event_id = uuid.uuid4()
-        self._started_at = datetime.now(UTC)
+        self._event_id = new_event_id(job.read_at)
         self._started = time.monotonic()
 
     async def send(self, response: web.StreamResponse, segments: Sequence[Segment]) -> web.StreamResponse:
@@ -91,17 +88,20 @@ class RecordedDelivery:
         """The event of the delivery as it is now; None: it is still running."""
         outcome = delivery.outcome if delivery else Outcome.RUNNING
         progress = self._progress
+        requested = tuple((part.start, part.stop) for part in self._plan.parts)
+        # If the package changed, no byte of it can be trusted.
+        trusted = 0 if outcome is Outcome.CHANGED else progress.bytes_acknowledged
         return DownloadEvent(
             event_id=self._event_id,
             job_id=self._job.job_id,
             user_id=self._principal.user_id,
-            started_at=self._started_at,
+            # The database's clock, which all nodes share.
+            started_at=self._job.read_at,
             duration_seconds=time.monotonic() - self._started,
             outcome=outcome,
             http_status=self._plan.status,
-            requested=tuple((part.start, part.stop) for part in self._plan.parts),
-            # If the package changed, no byte of it can be trusted.
-            received=() if outcome is Outcome.CHANGED else self._first_bytes(progress.bytes_acknowledged),
+            requested=requested,
+            received=first_bytes(requested, trusted),
             bytes_sent=progress.bytes_sent,
             package_size_bytes=self._package.size_bytes,
             request_id=self._request[REQUEST_ID],
@@ -109,17 +109,8 @@ class RecordedDelivery:
             reason=delivery.reason if delivery else None,
             method=delivery.method if delivery else None,
             daemon_id=self._services.ledger.daemon_id,
+            package_sha256=self._job.package_sha256 or "",
         )
-
-    def _first_bytes(self, count: int) -> tuple[tuple[int, int], ...]:
-        """The first ``count`` bytes of the requested parts of the package, as (start, stop)."""
-        parts = []
-        for part in self._plan.parts:
-            length = min(part.length, count)
-            if length:
-                parts.append((part.start, part.start + length))
-            count -= length
-        return tuple(parts)
 
     def _log_end(self, delivery: Delivery, event: DownloadEvent) -> None:
         request, plan = self._request, self._plan
