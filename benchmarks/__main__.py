@@ -1,5 +1,5 @@
-"""exportd beside its peers: ``python -m benchmarks [NAME] [--quick]``; ``soak`` and ``tables`` run only
-when they are named.
+"""exportd beside its peers: ``python -m benchmarks [NAME] [--quick]``; ``soak``, ``tables`` and
+``records`` run only when they are named.
 
 Results of a full run are kept in benchmarks/results/ and shown in docs/performance.md. The exit status says
 whether the benchmarks ran, not whether targets were met; a wrong byte or a wrong count is a failure.
@@ -10,9 +10,10 @@ import signal
 import sys
 import time
 from functools import partial
+from pathlib import Path
 from typing import NoReturn
 
-from benchmarks import cleanup, cold, large, many, pacing, small, soak, tables
+from benchmarks import cleanup, cold, large, many, pacing, records, small, soak, tables
 from benchmarks.harness import BenchmarkBroken, open_bench
 from benchmarks.load import ClientMissing, LoadFailed
 from benchmarks.report import Section, save
@@ -31,7 +32,11 @@ def main() -> int:
     arguments = _parse_arguments()
     signal.signal(signal.SIGTERM, _exit_on_signal)
     started = time.monotonic()
-    benchmarks = BENCHMARKS | {"soak": partial(soak.run, minutes=arguments.minutes), "tables": tables.run}
+    benchmarks = BENCHMARKS | {
+        "soak": partial(soak.run, minutes=arguments.minutes),
+        "tables": tables.run,
+        "records": partial(records.run, before=arguments.before),
+    }
     names = [arguments.name] if arguments.name else list(BENCHMARKS)
     sections = []
     try:
@@ -63,12 +68,18 @@ def _parse_arguments() -> argparse.Namespace:
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "name", nargs="?", choices=[*BENCHMARKS, "soak", "tables"], help="one benchmark; default: all"
+        "name",
+        nargs="?",
+        choices=[*BENCHMARKS, "soak", "tables", "records"],
+        help="one benchmark; default: all",
     )
     parser.add_argument(
         "--quick", action="store_true", help="small and few: shows that it runs, not how fast; keeps nothing"
     )
     parser.add_argument("--minutes", type=float, default=10.0, help="how long to soak; default: 10")
+    parser.add_argument(
+        "--before", type=Path, help="the checkout of an earlier version, for records; default: none"
+    )
     return parser.parse_args()
 
 

@@ -21,14 +21,8 @@ from exportd.domain.delivery import DownloadEvent, Outcome
 # A statement of its own, because the next one must see rows that were committed while this one waited. The
 # order prevents deadlocks between daemons.
 _LOCK_JOBS = """
-SELECT job_id, package_sha256::text
-  FROM export_jobs
- WHERE job_id = ANY (%(job_ids)s::uuid[])
- ORDER BY job_id
-   FOR NO KEY UPDATE;
+SELECT FROM export_jobs WHERE job_id = ANY (%(job_ids)s::uuid[]) ORDER BY job_id FOR NO KEY UPDATE;
 """
-# A process that dies in the transaction must not hold the locks.
-_LOCK_JOBS_IN_TRANSACTION = "SET LOCAL idle_in_transaction_session_timeout = '5s';" + _LOCK_JOBS
 
 # An application's own column may be of a smaller type. It then stays at the largest value of that type.
 _SUM = """
@@ -83,10 +77,43 @@ WITH given AS (
 SELECT event_id FROM recorded
 """
 
+_RECORD_EVENTS = f"""
+-- A process that dies in the transaction must not hold the locks.
+SET LOCAL idle_in_transaction_session_timeout = '5s';
+{_LOCK_JOBS}
+WITH given AS (
+    SELECT * FROM json_to_recordset(%(events)s) AS given({EVENT_COLUMNS})
+), ended AS (
+    DELETE FROM exportd_running AS running USING given WHERE running.event_id = given.event_id
+), recorded AS (
+    INSERT INTO download_events ({EVENT_NAMES}, is_judged)
+    SELECT {EVENT_NAMES}, EXISTS (SELECT FROM export_jobs AS job WHERE job.job_id = given.job_id)
+      FROM given
+     ORDER BY event_id
+    ON CONFLICT (event_id) DO NOTHING
+    RETURNING event_id, job_id, is_judged
+)
+SELECT event_id, is_judged, job.package_sha256::text AS job_sha256
+  FROM recorded
+  LEFT JOIN export_jobs AS job USING (job_id)
+"""
+
 _FIND_EVENTS = f"""
-SELECT {EVENT_NAMES}, is_judged
-  FROM download_events
+SELECT {EVENT_NAMES}, is_judged,
+       EXISTS (SELECT FROM export_jobs AS job WHERE job.job_id = event.job_id) AS has_job,
+       (SELECT package_sha256::text FROM export_jobs AS job WHERE job.job_id = event.job_id) AS job_sha256
+  FROM download_events AS event
  WHERE event_id = ANY (%s::uuid[])
+"""
+
+_UPDATE_EVENTS = f"""
+UPDATE download_events AS event
+   SET duration_seconds = given.duration_seconds, outcome = given.outcome, received = given.received,
+       bytes_sent = given.bytes_sent, bytes_acknowledged = given.bytes_acknowledged, reason = given.reason,
+       method = given.method,
+       is_judged = is_judged OR EXISTS (SELECT FROM export_jobs AS job WHERE job.job_id = given.job_id)
+  FROM json_to_recordset(%s) AS given({EVENT_COLUMNS})
+ WHERE event.event_id = given.event_id
 """
 
 _FIND_PROGRESS = """
@@ -95,23 +122,8 @@ SELECT job_id, user_id, package_size_bytes, package_sha256, received, tails, res
  WHERE (job_id, user_id) IN (SELECT * FROM unnest(%s::uuid[], %s::text[]))
 """
 
-_RECORD_JUDGED = f"""
-WITH given AS (
-    SELECT * FROM json_to_recordset(%(events)s) AS given({EVENT_COLUMNS}, is_judged boolean)
-), ended AS (
-    DELETE FROM exportd_running WHERE event_id = ANY (%(event_ids)s::uuid[])
-), recorded AS (
-    INSERT INTO download_events ({EVENT_NAMES}, is_judged)
-    SELECT {EVENT_NAMES}, is_judged
-      FROM given
-     ORDER BY event_id
-    -- It was recorded as lost, or while the job had no row.
-    ON CONFLICT (event_id) DO UPDATE
-       SET duration_seconds = excluded.duration_seconds, outcome = excluded.outcome,
-           received = excluded.received, bytes_sent = excluded.bytes_sent,
-           bytes_acknowledged = excluded.bytes_acknowledged, reason = excluded.reason,
-           method = excluded.method, is_judged = excluded.is_judged
-), progressed AS (
+_RECORD_PROGRESS = f"""
+WITH progressed AS (
     INSERT INTO download_progress (
         job_id, user_id, package_size_bytes, package_sha256, received, tails, resumes
     )
@@ -179,29 +191,17 @@ async def record_downloads(database: Database, events: Sequence[DownloadEvent]) 
 
 
 async def _record_by_rule(session: Session, events: list[DownloadEvent]) -> None:
-    locked = await session.fetch_all(_LOCK_JOBS_IN_TRANSACTION, {"job_ids": _job_ids(events)})
-    digests = {row.job_id: row.package_sha256 or "" for row in locked}
-    event_ids = [event.event_id for event in events]
-    known = {
-        row.event_id: (event_of_row(row), row.is_judged)
-        for row in await session.fetch_all(_FIND_EVENTS, (event_ids,))
-    }
-    lost = {
-        event_id: event
-        for event_id, (event, is_judged) in known.items()
-        if is_judged and event.outcome is Outcome.LOST
-    }
-    recorded = {event_id for event_id, (_, is_judged) in known.items() if is_judged}
-    events = [
-        event
-        for event in events
-        if event.event_id not in recorded or (event.event_id in lost and event.outcome is not Outcome.LOST)
-    ]
+    parameters = {"job_ids": _job_ids(events), "events": to_json(map(to_row, events))}
+    recorded = {row.event_id: row for row in await session.fetch_all(_RECORD_EVENTS, parameters)}
+    digests = {event_id: row.job_sha256 or "" for event_id, row in recorded.items() if row.is_judged}
+    lost: dict[UUID, DownloadEvent] = {}
+    if known := [event for event in events if event.event_id not in recorded]:
+        digests |= await _record_again(session, known, lost)
     judged: dict[_Key, list[DownloadEvent]] = defaultdict(list)
     for event in events:
-        if event.job_id in digests:
-            digest = event.package_sha256 or digests[event.job_id]
-            judged[event.job_id, event.user_id, event.package_size_bytes, digest].append(event)
+        if (digest := digests.get(event.event_id)) is not None:
+            key = (event.job_id, event.user_id, event.package_size_bytes, event.package_sha256 or digest)
+            judged[key].append(event)
     before = await _find_progress(session, judged)
     progress: list[dict[str, object]] = []
     completed: list[dict[str, object]] = []
@@ -215,14 +215,28 @@ async def _record_by_rule(session: Session, events: list[DownloadEvent]) -> None
         elif new != old:
             progress.append({**_key_row(key), **to_row(new)})
     parameters = {
-        # Even if the event is recorded already: a checkpoint may have been written late.
-        "event_ids": event_ids,
-        "events": to_json({**to_row(event), "is_judged": event.job_id in digests} for event in events),
         "progress": to_json(progress),
         "completed": to_json(completed),
         "counts": to_json({"job_id": job_id, **asdict(count)} for job_id, count in counts.items()),
     }
-    await session.fetch_all(_RECORD_JUDGED, parameters)
+    await session.fetch_all(_RECORD_PROGRESS, parameters)
+
+
+async def _record_again(
+    session: Session, events: Sequence[DownloadEvent], lost: dict[UUID, DownloadEvent]
+) -> dict[UUID, str]:
+    """Updates recorded events that are to be judged now: lost ones that ended after all, which it adds to
+    ``lost``, and those whose job has got its row. Returns the digests of their jobs' packages."""
+    given, digests = {event.event_id: event for event in events}, {}
+    for row in await session.fetch_all(_FIND_EVENTS, (list(given),)):
+        known, is_end = event_of_row(row), given[row.event_id].outcome is not Outcome.LOST
+        if row.is_judged and is_end and known.outcome is Outcome.LOST:
+            lost[row.event_id] = known
+            digests[row.event_id] = row.job_sha256 or ""
+        elif not row.is_judged and row.has_job:
+            digests[row.event_id] = row.job_sha256 or ""
+    await session.fetch_all(_UPDATE_EVENTS, (to_json(to_row(given[event_id]) for event_id in digests),))
+    return digests
 
 
 async def _find_progress(session: Session, keys: Iterable[_Key]) -> dict[_Key, Progress]:
