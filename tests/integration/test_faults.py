@@ -15,7 +15,7 @@ import pytest
 
 from exportd.db.migrate import migrate_up
 from tests.integration.test_main_job import SlowDownload
-from tests.support.application import ANN, Jobs, Package, noise
+from tests.support.application import ANN, Jobs, Package, bearer, noise
 from tests.support.daemon import Daemon, Exportd, wait_for
 from tests.support.postgres import OwnServer, database_dsn, query
 
@@ -115,9 +115,10 @@ def test_a_resume_after_a_kill_at_any_moment_is_one_download(
 
 
 class Load:
-    """Clients that download one package after the other, each on a connection of its own."""
+    """Clients that download one package after the other, each on a connection of its own. The clients
+    ``in_parts`` are users of their own, and request the package in two parts."""
 
-    def __init__(self, port: int, package: Package, clients: int) -> None:
+    def __init__(self, port: int, package: Package, clients: int, in_parts: int = 0) -> None:
         self.completed = 0
         self.refused: list[tuple[int, str, str | None]] = []
         self.clients = clients
@@ -125,7 +126,12 @@ class Load:
         self._package = package
         self._stop = threading.Event()
         self._lock = threading.Lock()
-        self._threads = [threading.Thread(target=self._run) for _ in range(clients)]
+        half = len(package.content) // 2
+        whole, parts = (None,), (f"bytes=0-{half - 1}", f"bytes={half}-")
+        self._threads = [threading.Thread(target=self._run, args=(ANN, whole)) for _ in range(clients)]
+        for number in range(in_parts):
+            user = bearer(f"user {number}", "admin")
+            self._threads.append(threading.Thread(target=self._run, args=(user, parts)))
         for thread in self._threads:
             thread.start()
 
@@ -135,24 +141,31 @@ class Load:
             thread.join(60)
         return self.completed
 
-    def _run(self) -> None:
+    def _run(self, user: dict[str, str], ranges: tuple[str | None, ...]) -> None:
+        received: list[bytes] = []
         while not self._stop.is_set():
             with contextlib.suppress(OSError, http.client.HTTPException):
                 connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=30)
                 with contextlib.closing(connection):
                     while not self._stop.is_set():
-                        connection.request("GET", self._package.url, headers=ANN)
+                        wanted = ranges[len(received)]
+                        fields = {"Range": wanted} if wanted else {}
+                        connection.request("GET", self._package.url, headers={**user, **fields})
                         response = connection.getresponse()
                         body = response.read()
-                        self._note(response, body)
+                        if self._is_served(response, body):
+                            received.append(body)
+                        if len(received) == len(ranges):
+                            with self._lock:
+                                self.completed += b"".join(received) == self._package.content
+                            received = []
 
-    def _note(self, response: http.client.HTTPResponse, body: bytes) -> None:
+    def _is_served(self, response: http.client.HTTPResponse, body: bytes) -> bool:
         with self._lock:
-            if response.status == 200:
-                self.completed += body == self._package.content
-            else:
+            if response.status not in (200, 206):
                 retry_after = response.getheader("Retry-After")
                 self.refused.append((response.status, json.loads(body)["code"], retry_after))
+        return response.status in (200, 206)
 
 
 def test_a_kill_under_load_loses_at_most_the_last_download_of_each_connection(
@@ -228,16 +241,17 @@ def test_downloads_under_way_when_the_database_goes_are_counted_when_it_is_back(
         download.connection.close()
 
 
+@pytest.mark.parametrize("fault", ["stop", "kill"])
 def test_a_database_that_restarts_under_load_costs_no_count(
-    on_own_server: tuple[Exportd, Jobs], own_server: OwnServer
+    on_own_server: tuple[Exportd, Jobs], own_server: OwnServer, fault: str
 ) -> None:
     exportd, jobs = on_own_server
     package = jobs.add(noise(30_000))
-    daemon = exportd.serve()
-    load = Load(daemon.port, package, clients=8)
+    daemon = exportd.serve(EXPORTD_LIMITS__REQUESTS_PER_MINUTE_PER_ADDRESS="0")
+    load = Load(daemon.port, package, clients=6, in_parts=4)
     for turn in range(1, 4):
         wait_for("some downloads", lambda turn=turn: load.completed > 100 * turn)
-        own_server.stop()
+        getattr(own_server, fault)()
         before = len(load.refused)
         wait_for("a refusal", lambda before=before: len(load.refused) > before)
         own_server.start()

@@ -1,5 +1,6 @@
 """A real PostgreSQL for the whole run, and a database for each worker, emptied after each test."""
 
+import contextlib
 import fcntl
 import os
 import shlex
@@ -15,6 +16,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import psutil
 import psycopg2
 import pytest
 
@@ -223,6 +225,17 @@ class OwnServer:
         while (self._folder / "postmaster.pid").exists():
             assert time.monotonic() < deadline
             time.sleep(0.01)
+
+    def kill(self) -> None:
+        """As a crash of the machine: every process is killed."""
+        postmaster = psutil.Process(int((self._folder / "postmaster.pid").read_text().split()[0]))
+        processes = [postmaster, *postmaster.children(recursive=True)]
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        if self._process is not None:
+            self._process.wait(60)
+        psutil.wait_procs(processes, timeout=60)
 
     def start(self) -> None:
         """Returns when it answers."""
