@@ -4,11 +4,14 @@ import importlib.util
 import subprocess
 import threading
 import uuid
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import psycopg2
 import pytest
 
+from exportd.counting.record import record_downloads
+from exportd.counting.running import find_lost
 from exportd.db.migrate import (
     DatabaseNotReachable,
     MigrationError,
@@ -17,6 +20,9 @@ from exportd.db.migrate import (
     migration_status,
     wait_for_database,
 )
+from exportd.db.pool import open_database
+from tests.counting.test_ledger import event, part
+from tests.db.test_pool import OPTIONS
 from tests.support.postgres import database_dsn, query
 
 REPOSITORY = Path(__file__).parent.parent.parent
@@ -112,6 +118,71 @@ def test_down_and_up_again_keeps_every_job(dsn: str) -> None:
     assert query(dsn, "SELECT user_id, package_path, download_count FROM export_jobs") == [
         ("ann", "a.tar.gz", 0)
     ]
+
+
+EARLIER = f"""
+INSERT INTO export_jobs (job_id, user_id, status, package_path, package_size_bytes, package_sha256)
+VALUES ('{JOB}', 'ann', 'completed', 'a.tar.gz', 1000, repeat('0', 64));
+INSERT INTO download_events (
+    event_id, job_id, user_id, started_at, duration_seconds, outcome, http_status, requested, received,
+    bytes_sent, package_size_bytes, request_id, bytes_acknowledged, daemon_id, updated_at
+)
+SELECT gen_random_uuid(), '{JOB}', user_id, now() - make_interval(mins => began), 1, outcome, status,
+       requested, received, sent, 1000, '', 1, '{JOB}', now() - make_interval(mins => began)
+  FROM (VALUES
+    -- It broke off, and its resume will show how much arrived.
+    ('broken', 9, 'aborted', 200, '{{[0,1000)}}'::int8multirange, '{{[0,400)}}'::int8multirange, 700),
+    -- Its evidence is older than its last complete download.
+    ('complete', 9, 'aborted', 200, '{{[0,1000)}}', '{{[0,400)}}', 700),
+    ('complete', 8, 'completed', 200, '{{[0,1000)}}', '{{[0,1000)}}', 1000),
+    ('cleared', 9, 'aborted', 200, '{{[0,1000)}}', '{{[0,400)}}', 700),
+    -- Its resume came before the record of the delivery that broke off.
+    ('resumed', 5, 'completed', 206, '{{[700,1000)}}', '{{[700,1000)}}', 300),
+    ('running', 1, 'running', 200, '{{[0,1000)}}', '{{[0,1)}}', 600)
+  ) AS event(user_id, began, outcome, status, requested, received, sent);
+INSERT INTO download_progress (job_id, user_id, received, completed_at) VALUES
+    ('{JOB}', 'broken', '{{[0,400)}}', '-infinity'),
+    ('{JOB}', 'cleared', '{{}}', now() - interval '7 minutes'),
+    ('{JOB}', 'resumed', '{{[700,1000)}}', '-infinity');
+"""
+
+
+@pytest.mark.fresh_database
+async def test_downloads_under_way_survive_the_migration_of_their_progress(dsn: str) -> None:
+    assert migrate_down(dsn) == FOURTH
+    query(dsn, EARLIER)
+    assert migrate_up(dsn) == [FOURTH]
+    assert query(dsn, "SELECT user_id, received::text FROM download_progress ORDER BY user_id") == [
+        ("broken", "{[0,400)}"),
+        ("resumed", "{[700,1000)}"),
+    ]
+    assert query(dsn, "SELECT user_id, bytes_acknowledged, bytes_sent FROM exportd_running") == [
+        ("running", 1, 600)
+    ]
+    database = await open_database(dsn, **OPTIONS)  # type: ignore[arg-type]
+    job_id, now = uuid.UUID(JOB), datetime.now(UTC)
+    await record_downloads(database, [part(job_id, 650, 1000, user_id="broken")])
+    earlier = now - timedelta(minutes=6)
+    broken = {"outcome": "aborted", "started_at": earlier, "received": ((0, 300),), "bytes_sent": 800}
+    await record_downloads(database, [event(job_id, user_id="resumed", **broken)])
+    (lost,) = await find_lost(database, [job_id], 600)
+    await record_downloads(database, [lost])
+    await record_downloads(database, [part(job_id, 500, 1000, user_id="running")])
+    await database.close()
+    assert query(dsn, "SELECT download_count FROM export_jobs") == [(3,)]
+    assert query(dsn, "SELECT count(*) FROM exportd_running") == [(0,)]
+
+
+@pytest.mark.fresh_database
+def test_progress_and_running_deliveries_survive_the_way_down(dsn: str) -> None:
+    assert migrate_down(dsn) == FOURTH
+    query(dsn, EARLIER)
+    progress = "SELECT user_id, received::text FROM download_progress WHERE NOT isempty(received) ORDER BY 1"
+    events = "SELECT user_id, outcome, received::text FROM download_events ORDER BY user_id, started_at"
+    expected = query(dsn, progress), query(dsn, events)
+    migrate_up(dsn)
+    assert migrate_down(dsn) == FOURTH
+    assert (query(dsn, progress), query(dsn, events)) == expected
 
 
 FOREIGN = """

@@ -1,14 +1,16 @@
 """Real clients whose daemon is killed: each download counts once, whenever the kill was."""
 
+import os
 import signal
 import subprocess
 import time
 from pathlib import Path
 
+import jwt
 import pytest
 
 from tests.integration.test_faults import count_of, outcomes, running, unused_port
-from tests.support.application import ANN, Jobs, Package, noise
+from tests.support.application import ANN, SECRET, Jobs, Package, noise
 from tests.support.daemon import Daemon, Exportd, wait_for
 from tests.support.programs import require
 
@@ -97,3 +99,36 @@ def test_aria2_goes_on_over_sixteen_connections_after_a_kill_and_counts_once(
     assert count_of(dsn, killed.package.job_id) == 1
     assert "lost" in outcomes(dsn)
     assert running(dsn) == 0
+
+
+@pytest.mark.parametrize("offset", ["+2h", "-2h"])
+def test_a_resume_through_a_node_with_another_clock_counts_once(
+    exportd: Exportd, dsn: str, tmp_path: Path, offset: str
+) -> None:
+    curl, file, port = require("curl"), tmp_path / "p.tar.gz", unused_port()
+    exportd.storage.mkdir(parents=True)
+    package = Jobs(dsn, exportd.storage).add(noise(SIZE))
+    environ = {"EXPORTD_SERVER__PORT": str(port)}
+    # Without a time of issue: the daemon's clock may be behind.
+    token = jwt.encode({"userId": "ann", "exp": 2**40}, SECRET, algorithm="HS256")
+    address = f"http://127.0.0.1:{port}{package.url}"
+    command = [curl, "-sSf", "-C", "-", "-o", str(file), "-H", f"Authorization: Bearer {token}", address]
+    daemon = exportd.serve(
+        under=(require("faketime"), "-f", offset),
+        FAKETIME_DONT_FAKE_MONOTONIC="1",
+        EXPORTD_DOWNLOAD__MAX_RATE_BYTES_PER_SECOND=str(RATE),
+        **environ,
+    )
+    assert daemon.port == port
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as client:
+        wait_for("the first bytes", lambda: size_of(file))
+        wait_for("the running delivery", lambda: running(dsn))
+        os.killpg(daemon.process.pid, signal.SIGKILL)
+        assert client.wait(30) in (18, 56)
+    daemon = exportd.serve(**environ)
+    assert daemon.port == port
+    subprocess.run(command, check=True, timeout=60)
+    wait_for("the count", lambda: count_of(dsn, package.job_id))
+    assert daemon.stop() == 0
+    assert count_of(dsn, package.job_id) == 1
+    assert sorted(outcomes(dsn)) == ["completed", "lost"]
