@@ -645,3 +645,97 @@ async def test_a_job_that_cannot_be_read_costs_no_other_look_up(database: Databa
         *(finder.find_job(job_id) for job_id in [good, bad, good, bad, good]), return_exceptions=True
     )
     assert [type(result).__name__ for result in results] == ["Job", "ValueRefused"] * 2 + ["Job"]
+
+
+async def test_a_delivery_of_a_large_package_is_written_when_it_starts(
+    database: Database, ledger: DownloadLedger, dsn: str
+) -> None:
+    job_id, _ = await completed_job(database)
+    size = 1024 * 1024
+    small = event(job_id, outcome=Outcome.RUNNING, package_size_bytes=size)
+    large = event(job_id, outcome=Outcome.RUNNING, package_size_bytes=size + 1)
+    with ledger.checkpoints(lambda: small), ledger.checkpoints(lambda: large):
+        async with asyncio.timeout(0.9):
+            while query(dsn, "SELECT event_id::text FROM exportd_running") != [(str(large.event_id),)]:
+                await asyncio.sleep(0.01)
+
+
+async def test_an_end_waits_for_the_checkpoint_of_its_delivery(
+    database: Database, ledger: DownloadLedger, dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id, _ = await completed_job(database)
+    end = event(job_id, package_size_bytes=2**30)
+    may_write = asyncio.Event()
+
+    async def write_late(*arguments: object) -> None:
+        await may_write.wait()
+        await write_running(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("exportd.counting.ledger.write_running", write_late)
+    with ledger.checkpoints(lambda: replace(end, outcome=Outcome.RUNNING)):
+        await asyncio.sleep(0.01)
+        recording = ledger.record(end)
+    await asyncio.sleep(0.1)
+    assert not recording.done()
+    may_write.set()
+    await recording
+    assert query(dsn, "SELECT count(*) FROM exportd_running") == [(0,)]
+    assert query(dsn, "SELECT count(*) FROM download_events") == [(1,)]
+
+
+async def test_a_checkpoint_that_is_refused_holds_up_no_record(
+    database: Database, ledger: DownloadLedger, dsn: str
+) -> None:
+    job_id, _ = await completed_job(database)
+    wrong = event(job_id, outcome=Outcome.RUNNING, request_id="\0", package_size_bytes=2**30)
+    with ledger.checkpoints(lambda: wrong):
+        await asyncio.sleep(0.1)
+    await ledger.record(event(job_id))
+    assert ledger.spooled == 0
+    assert await count(database, job_id) == 1
+
+
+@pytest.mark.usefixtures("quickly")
+async def test_a_spooled_checkpoint_that_is_refused_holds_up_no_end(
+    database: Database, dsn: str, tmp_path: Path
+) -> None:
+    job_id, _ = await completed_job(database)
+    dead = Spool.create(tmp_path / "ledger", uuid.uuid4())
+    wrong = event(job_id, outcome=Outcome.RUNNING, request_id="\0")
+    await dead.append([wrong, event(job_id)])
+    fcntl.flock(dead._descriptor, fcntl.LOCK_UN)
+    ledger = await open_ledger(database, tmp_path / "ledger")
+    assert ledger.spooled == 0
+    assert await count(database, job_id) == 1
+    await ledger.close()
+    os.close(dead._descriptor)
+
+
+async def test_records_of_two_daemons_at_the_same_time_count_once(database: Database, dsn: str) -> None:
+    """The parts of one download, and each of them written by both."""
+    job_id, _ = await completed_job(database)
+    users = [f"user {number}" for number in range(8)]
+    parts = [
+        part(job_id, start, start + 100, user_id=user) for user in users for start in range(0, 1000, 100)
+    ]
+    Random(0).shuffle(parts)
+    wholes = [event(job_id, user_id=user) for user in users]
+    events = [*parts, *wholes]
+    batches = [events[start : start + 7] for start in range(0, len(events), 7)]
+    await asyncio.gather(*(record_downloads(database, batch) for batch in [*batches, *batches[::-1]]))
+    ((counted, bytes_served),) = query(dsn, "SELECT download_count, bytes_served FROM export_jobs")
+    # A whole delivery in the middle of a download ends it, as any whole one does.
+    assert 8 <= counted <= 16
+    assert bytes_served == 16_000
+    assert query(dsn, "SELECT count(*) FROM download_events") == [(len(events),)]
+
+
+async def test_parts_that_end_at_the_same_time_in_two_daemons_are_one_download(
+    database: Database, dsn: str
+) -> None:
+    job_id, _ = await completed_job(database)
+    for number in range(20):
+        parts = [part(job_id, start, start + 250, user_id=f"user {number}") for start in range(0, 1000, 250)]
+        await asyncio.gather(*(record_downloads(database, [one]) for one in [*parts, *parts]))
+    assert await count(database, job_id) == 20
+    assert query(dsn, "SELECT count(*) FROM download_progress") == [(0,)]
