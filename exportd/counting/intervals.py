@@ -1,5 +1,6 @@
 """Sets of byte positions, as sorted, disjoint (start, stop) pairs that do not touch."""
 
+from bisect import bisect_right
 from collections.abc import Iterable
 
 Intervals = tuple[tuple[int, int], ...]
@@ -32,7 +33,11 @@ def subtract(positions: Intervals, removed: Intervals) -> Intervals:
 
 def includes(positions: Intervals, start: int, stop: int) -> bool:
     """Whether every position from ``start`` up to ``stop`` (exclusive) is in the set."""
-    return start >= stop or any(first <= start and stop <= end for first, end in positions)
+    if start >= stop:
+        return True
+    # The last pair that starts at or before ``start``.
+    number = bisect_right(positions, start, key=lambda pair: pair[0]) - 1
+    return number >= 0 and stop <= positions[number][1]
 
 
 def largest(positions: Intervals, count: int) -> Intervals:

@@ -40,13 +40,16 @@ def add(progress: Progress, *deliveries: DownloadEvent) -> tuple[Progress, bool]
     # If the package changed, no byte can be trusted.
     trusted = [delivery for delivery in deliveries if delivery.outcome is not Outcome.CHANGED]
     received = join(progress.received, *(delivery.received for delivery in trusted))
-    tails = [*progress.tails, *(tail for delivery in trusted for tail in _tail_of(delivery))]
-    resumes = [*progress.resumes, *(resume for delivery in trusted for resume in _resume_of(delivery))]
+    new_tails = [tail for delivery in trusted for tail in _tail_of(delivery)]
+    new_resumes = [resume for delivery in trusted for resume in _resume_of(delivery)]
+    tails = [*progress.tails, *new_tails]
     unexplained: list[Resume] = []
-    for resume in sorted(resumes, key=lambda resume: resume.start):
+    for resume in sorted([*progress.resumes, *new_resumes], key=lambda resume: resume.start):
         if includes(received, resume.start - 1, resume.start):
             continue
-        knowns = [tail.known for tail in tails if tail.explains(resume)]
+        # The earlier tails do not explain the earlier resumes.
+        possible = tails if resume in new_resumes else new_tails
+        knowns = [tail.known for tail in possible if tail.explains(resume)]
         if knowns:
             received = join(received, [(max(knowns), resume.start)])
         else:
