@@ -13,7 +13,6 @@ import contextlib
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterator
 from pathlib import Path
-from typing import TypeVar
 from uuid import UUID, uuid4
 
 import structlog
@@ -41,7 +40,6 @@ _RECORDING_SECONDS = 3.0
 # How long a start waits for the work of killed processes. The rest is done in the background.
 _START_SECONDS = 5.0
 
-Item = TypeVar("Item")
 Snapshot = Callable[[], DownloadEvent]
 
 
@@ -81,9 +79,9 @@ class DownloadLedger:
         # The deliveries whose checkpoints are being written.
         self._checkpointing: set[UUID] = set()
         self._checkpoint_lock = asyncio.Lock()
-        # By job: its running records, and its running deliveries.
-        self._recording: dict[UUID, set[asyncio.Future[None]]] = {}
-        self._running: dict[UUID, set[_Running]] = {}
+        # The records that are not durable yet, with their jobs.
+        self._recording: dict[asyncio.Future[None], UUID] = {}
+        self._running: set[_Running] = set()
         self._replay = Replay(database, spool, folder, self._running_ids)
         self._first_turn_ended = asyncio.Event()
         self._background = [
@@ -109,8 +107,8 @@ class DownloadLedger:
         keeps the event in memory and retries it.
         """
         recording = self._ends.submit(event)
-        _add(self._recording, event.job_id, recording)
-        recording.add_done_callback(lambda done: _discard(self._recording, event.job_id, done))
+        self._recording[recording] = event.job_id
+        recording.add_done_callback(self._recording.pop)
         return recording
 
     @contextlib.contextmanager
@@ -121,18 +119,19 @@ class DownloadLedger:
         ``bytes_sent`` returns the snapshot's value more cheaply.
         """
         running = _Running(snapshot, bytes_sent or (lambda: snapshot().bytes_sent))
-        _add(self._running, running.job_id, running)
+        self._running.add(running)
         if running.is_large:
             self._checkpoints.submit(running)
         try:
             yield
         finally:
-            _discard(self._running, running.job_id, running)
+            self._running.discard(running)
             running.ended.set_result(None)
 
     def running(self, job_ids: Collection[UUID]) -> list[DownloadEvent]:
         """This process's running deliveries of the jobs, as they are now."""
-        return [running.snapshot() for job_id in set(job_ids) for running in self._running.get(job_id, ())]
+        wanted = set(job_ids)
+        return [running.snapshot() for running in self._running if running.job_id in wanted]
 
     async def settle(self, job_id: UUID) -> None:
         """Waits for the records of deliveries whose clients have every byte, so that a reader sees them.
@@ -140,15 +139,14 @@ class DownloadLedger:
         A client may request the count as soon as it has the last byte, when its acknowledgement or the
         statement is still on its way. Never raises.
         """
-        ending = [running.ended for running in self._running.get(job_id, ()) if running.is_sent]
-        if ending:
+        if ending := [item.ended for item in self._running if item.job_id == job_id and item.is_sent]:
             await asyncio.wait(ending, timeout=_SETTLING_SECONDS)
         await self.finish_recording([job_id])
 
     async def finish_recording(self, job_ids: Collection[UUID]) -> None:
         """Waits a moment until the finished deliveries of the jobs are in the database or the spool."""
-        recording = [future for job_id in set(job_ids) for future in self._recording.get(job_id, ())]
-        if recording:
+        wanted = set(job_ids)
+        if recording := [future for future, job_id in self._recording.items() if job_id in wanted]:
             await asyncio.wait(recording, timeout=_RECORDING_SECONDS)
 
     async def catch_up(self) -> None:
@@ -162,8 +160,8 @@ class DownloadLedger:
         for task in self._background:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
-        if recording := [future for futures in self._recording.values() for future in futures]:
-            await asyncio.wait(recording)
+        if self._recording:
+            await asyncio.wait(list(self._recording))
         for event in self._spool.unsaved:
             log.error("download_not_recorded", **describe(event))
         for spool in self._replay.spools:
@@ -204,11 +202,11 @@ class DownloadLedger:
             self._first_turn_ended.set()
 
     def _running_ids(self) -> set[UUID]:
-        return {running.event_id for items in self._running.values() for running in items}
+        return {running.event_id for running in self._running}
 
     async def _submit_checkpoints(self) -> None:
         now = time.monotonic()
-        for running in [item for items in self._running.values() for item in items if item.due_at <= now]:
+        for running in [running for running in self._running if running.due_at <= now]:
             running.put_off(now)
             self._checkpoints.submit(running)
 
@@ -244,13 +242,3 @@ async def open_ledger(database: Database, folder: Path, observe: Observe = lambd
         await ledger.close()
         raise
     return ledger
-
-
-def _add(sets: dict[UUID, set[Item]], job_id: UUID, item: Item) -> None:
-    sets.setdefault(job_id, set()).add(item)
-
-
-def _discard(sets: dict[UUID, set[Item]], job_id: UUID, item: Item) -> None:
-    sets[job_id].discard(item)
-    if not sets[job_id]:
-        del sets[job_id]

@@ -24,6 +24,14 @@ _LOCK_JOBS = """
 SELECT FROM export_jobs WHERE job_id = ANY (%(job_ids)s::uuid[]) ORDER BY job_id FOR NO KEY UPDATE;
 """
 
+_GIVEN = f"""
+WITH given AS (
+    SELECT * FROM json_to_recordset(%(events)s) AS given({EVENT_COLUMNS})
+), ended AS (
+    DELETE FROM exportd_running AS running USING given WHERE running.event_id = given.event_id
+)
+"""
+
 # An application's own column may be of a smaller type. It then stays at the largest value of that type.
 _SUM = """
     least(
@@ -47,11 +55,7 @@ UPDATE export_jobs AS job
 """
 
 _RECORD_WHOLE = f"""
-WITH given AS (
-    SELECT * FROM json_to_recordset(%(events)s) AS given({EVENT_COLUMNS})
-), ended AS (
-    DELETE FROM exportd_running AS running USING given WHERE running.event_id = given.event_id
-), recorded AS (
+{_GIVEN}, recorded AS (
     INSERT INTO download_events ({EVENT_NAMES})
     SELECT {EVENT_NAMES}
       FROM given
@@ -81,11 +85,7 @@ _RECORD_EVENTS = f"""
 -- A process that dies in the transaction must not hold the locks.
 SET LOCAL idle_in_transaction_session_timeout = '5s';
 {_LOCK_JOBS}
-WITH given AS (
-    SELECT * FROM json_to_recordset(%(events)s) AS given({EVENT_COLUMNS})
-), ended AS (
-    DELETE FROM exportd_running AS running USING given WHERE running.event_id = given.event_id
-), recorded AS (
+{_GIVEN}, recorded AS (
     INSERT INTO download_events ({EVENT_NAMES}, is_judged)
     SELECT {EVENT_NAMES}, EXISTS (SELECT FROM export_jobs AS job WHERE job.job_id = given.job_id)
       FROM given
