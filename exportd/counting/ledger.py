@@ -162,6 +162,9 @@ class DownloadLedger:
         await asyncio.gather(*self._background, return_exceptions=True)
         if self._recording:
             await asyncio.wait(list(self._recording))
+        async with self._checkpoint_lock:
+            # The spool must not be closed before a checkpoint that may go there.
+            pass
         for event in self._spool.unsaved:
             log.error("download_not_recorded", **describe(event))
         for spool in self._replay.spools:

@@ -25,8 +25,11 @@ ON CONFLICT (event_id) DO UPDATE
        duration_seconds = excluded.duration_seconds, seen_at = now()
 """
 
+# The duration is up to the last checkpoint. It may have been spooled, and a daemon's clock may drift.
 _FIND_LOST = """
-SELECT *
+SELECT event_id, job_id, user_id, daemon_id, started_at, http_status, requested, package_size_bytes,
+       package_sha256, request_id, bytes_acknowledged, bytes_sent,
+       least(duration_seconds, extract(epoch FROM seen_at - started_at))::double precision AS duration_seconds
   FROM exportd_running
  WHERE daemon_id = ANY (%s::uuid[]) OR seen_at < now() - make_interval(secs => %s)
 """
