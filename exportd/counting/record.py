@@ -15,6 +15,7 @@ from uuid import UUID
 from exportd.counting.progress import NO_PROGRESS, Progress
 from exportd.counting.rows import EVENT_COLUMNS, EVENT_NAMES, event_of_row, progress_of_row, to_json, to_row
 from exportd.counting.rule import fold
+from exportd.db.jobs import PACKAGE_SHA256
 from exportd.db.pool import Database, Session
 from exportd.domain.delivery import DownloadEvent, Outcome
 
@@ -93,7 +94,7 @@ SET LOCAL idle_in_transaction_session_timeout = '5s';
     ON CONFLICT (event_id) DO NOTHING
     RETURNING event_id, job_id, is_judged
 )
-SELECT event_id, is_judged, job.package_sha256::text AS job_sha256
+SELECT event_id, is_judged, {PACKAGE_SHA256} AS job_sha256
   FROM recorded
   LEFT JOIN export_jobs AS job USING (job_id)
 """
@@ -101,7 +102,7 @@ SELECT event_id, is_judged, job.package_sha256::text AS job_sha256
 _FIND_EVENTS = f"""
 SELECT {EVENT_NAMES}, is_judged,
        EXISTS (SELECT FROM export_jobs AS job WHERE job.job_id = event.job_id) AS has_job,
-       (SELECT package_sha256::text FROM export_jobs AS job WHERE job.job_id = event.job_id) AS job_sha256
+       (SELECT {PACKAGE_SHA256} FROM export_jobs AS job WHERE job.job_id = event.job_id) AS job_sha256
   FROM download_events AS event
  WHERE event_id = ANY (%s::uuid[])
 """

@@ -4,6 +4,7 @@ from uuid import UUID
 
 from exportd.counting.record import record_downloads
 from exportd.counting.rows import EVENT_NAMES, event_of_row
+from exportd.db.jobs import PACKAGE_SHA256
 from exportd.db.pool import Database
 
 _FIND_JUDGEABLE = f"""
@@ -33,14 +34,14 @@ SELECT count(*) AS pruned FROM pruned
 _PRUNED_AT_ONCE = 5000
 
 # Progress with packages that cannot be downloaded any more.
-_PRUNE_PROGRESS = """
+_PRUNE_PROGRESS = f"""
 DELETE FROM download_progress AS progress
  WHERE updated_at < now() - interval '1 day'
    AND NOT EXISTS (
         SELECT FROM export_jobs AS job
          WHERE job.job_id = progress.job_id AND package_path IS NOT NULL
            AND coalesce(job.package_size_bytes, progress.package_size_bytes) = progress.package_size_bytes
-           AND coalesce(job.package_sha256::text, '') = progress.package_sha256
+           AND coalesce({PACKAGE_SHA256}, '') = progress.package_sha256
    )
 """
 

@@ -4,31 +4,27 @@ A principal with an unfinished download of an expired package may resume it for 
 starts after the expiry, so every unfinished delivery began before it, whichever node's clock recorded it.
 """
 
+import contextlib
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from uuid import UUID
 
-from exportd.db.pool import Database, Session
+from exportd.db.pool import Database, DatabaseRefused, DatabaseUnavailable, Session
 from exportd.db.rows import read
 
 _FIND_UNFINISHED = """
 SELECT 1 FROM exportd_unfinished_downloads(%s) AS unfinished(user_id) WHERE user_id = %s
 """
 
-# The minute is for deliveries that began at the last moment and are not recorded yet. In an application's
-# table several jobs may share a package. It is deleted with the last of them.
+# The minute is for deliveries that began at the last moment and are not recorded yet.
 TAKE_EXPIRED = """
 SELECT job_id,
        package_path::text,
        coalesce(package_size_bytes::bigint, 0) AS size_bytes,
        package_expires_at::timestamptz AS expires_at,
        now() < package_expires_at::timestamptz + %(grace)s
-           AND EXISTS (SELECT FROM exportd_unfinished_downloads(job_id)) AS is_waiting,
-       ARRAY(
-           SELECT other.job_id
-             FROM export_jobs AS other
-            WHERE other.package_path = job.package_path AND other.job_id <> job.job_id
-       ) AS shared_with
+           AND EXISTS (SELECT FROM exportd_unfinished_downloads(job_id)) AS is_waiting
   FROM export_jobs AS job
  WHERE status::text = 'completed'
    AND package_path IS NOT NULL
@@ -39,12 +35,22 @@ SELECT job_id,
 """
 _LOCKED = " FOR UPDATE SKIP LOCKED"
 
+# The SELECT proves that no trigger or rule of an application changed the row back.
 _MARK_DELETED = """
+SAVEPOINT package;
 UPDATE export_jobs
    SET package_path = NULL, package_size_bytes = NULL, package_deleted_at = now()
- WHERE job_id = ANY (%s::uuid[])
-   AND status::text = 'completed'
-   AND package_expires_at < now() - make_interval(secs => 60)
+ WHERE job_id = %(job_id)s;
+SELECT package_path IS NULL AND package_deleted_at IS NOT NULL AS is_marked
+  FROM export_jobs
+ WHERE job_id = %(job_id)s
+"""
+
+FIND_SHARING = "SELECT job_id FROM export_jobs WHERE package_path = ANY (%s) LIMIT 1"
+
+# Reads the whole table.
+_LIST_ODD_PATHS = """
+SELECT job_id, package_path::text FROM export_jobs WHERE package_path ~ '//|(^|/)\\.(/|$)|/$'
 """
 
 _LIST_PATHS = """
@@ -80,17 +86,13 @@ FIRST_ID = UUID(int=0)
 
 @dataclass(frozen=True, slots=True)
 class ExpiredPackage:
-    """A package that the cleanup may delete. ``is_waiting``: not yet, because a principal may still resume.
-
-    ``shared_with``: other jobs with the same package.
-    """
+    """An expired package. ``is_waiting``: it may not be deleted yet, because a principal may resume it."""
 
     job_id: UUID
     package_path: str
     size_bytes: int
     expires_at: datetime
     is_waiting: bool
-    shared_with: tuple[UUID, ...]
 
 
 async def has_unfinished_download(database: Database, job_id: UUID, user_id: str) -> bool:
@@ -113,12 +115,37 @@ async def take_expired(
         "grace": grace,
     }
     rows = await session.fetch_all(TAKE_EXPIRED + (_LOCKED if lock else ""), parameters)
-    return [read(ExpiredPackage, row, shared_with=tuple(row.shared_with)) for row in rows]
+    return [read(ExpiredPackage, row) for row in rows]
 
 
-async def mark_deleted(session: Session, job_ids: list[UUID]) -> None:
-    """Marks the packages of the jobs as deleted. Raises DatabaseUnavailable."""
-    await session.fetch_all(_MARK_DELETED, (job_ids,))
+@contextlib.asynccontextmanager
+async def marked_deleted(session: Session, job_id: UUID) -> AsyncIterator[None]:
+    """Marks the package of a job as deleted, before the block. If the block raises, the row stays as it was.
+
+    Raises DatabaseRefused if the database, a constraint or a trigger does not let the row be changed.
+    """
+    try:
+        row = await session.fetch_one(_MARK_DELETED, {"job_id": job_id})
+        if row is None or not row.is_marked:
+            raise DatabaseRefused("the row does not keep the change: does a trigger undo it?")
+        yield
+    except Exception as error:
+        if not isinstance(error, DatabaseUnavailable):
+            await session.fetch_all("ROLLBACK TO SAVEPOINT package")
+        raise
+
+
+async def is_shared(session: Session, paths: Sequence[str]) -> bool:
+    """Whether a job has one of the paths. Raises DatabaseUnavailable."""
+    return await session.fetch_one(FIND_SHARING, (list(paths),)) is not None
+
+
+async def list_odd_paths(database: Database | Session) -> list[tuple[UUID, str]]:
+    """The jobs whose package's path is spelled in an unusual way, and the paths.
+
+    Reads the whole table. Raises DatabaseUnavailable.
+    """
+    return [(row.job_id, row.package_path) for row in await database.fetch_all(_LIST_ODD_PATHS)]
 
 
 async def list_package_paths(database: Database, after: UUID) -> list[tuple[UUID, str]]:

@@ -16,8 +16,11 @@ from exportd.domain.job import Job
 # More than one, so that one slow statement does not delay every look-up.
 _LOOK_UPS_AT_ONCE = 2
 
+# A SHA-256 is 64 hexadecimal digits, in any case. Any other text is as if there were none.
+PACKAGE_SHA256 = "CASE WHEN package_sha256::text ~* '^[0-9a-f]{64}$' THEN lower(package_sha256::text) END"
+
 # The fields of ``Job``.
-JOB_COLUMNS = """
+JOB_COLUMNS = f"""
        job_id,
        user_id::text,
        status::text,
@@ -25,7 +28,7 @@ JOB_COLUMNS = """
        completed_at::timestamptz,
        package_path::text,
        package_size_bytes::bigint,
-       package_sha256::text,
+       {PACKAGE_SHA256} AS package_sha256,
        package_expires_at::timestamptz,
        package_suspect_since IS NOT NULL AS is_suspect,
        now() AS read_at

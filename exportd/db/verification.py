@@ -3,44 +3,47 @@
 from dataclasses import dataclass
 from uuid import UUID
 
+from exportd.db.jobs import PACKAGE_SHA256
 from exportd.db.pool import Database
 from exportd.db.rows import read
 
-_LIST_PACKAGES = """
-SELECT job_id, package_path::text, package_size_bytes::bigint AS size_bytes, package_sha256::text AS sha256,
-       package_suspect_since IS NOT NULL AS is_suspect
+_LIST_PACKAGES = f"""
+SELECT job_id, package_path::text, package_size_bytes::bigint AS size_bytes, {PACKAGE_SHA256} AS sha256,
+       package_sha256 IS NOT NULL AS has_digest, package_suspect_since IS NOT NULL AS is_suspect
   FROM export_jobs
  WHERE status::text = 'completed'
    AND package_path IS NOT NULL
-   AND {condition}
+   AND {{condition}}
  ORDER BY job_id
  LIMIT 100
-"""
-_LIST_ONE = _LIST_PACKAGES.format(condition="job_id = %s")
-_LIST_NEXT = _LIST_PACKAGES.format(condition="job_id > %s")
+"""  # noqa: S608  # constants only
+_LIST_ONE = _LIST_PACKAGES.replace("{condition}", "job_id = %s")
+_LIST_NEXT = _LIST_PACKAGES.replace("{condition}", "job_id > %s")
 
 # Not if the job got another package, or lost it, while the file was read.
-_MARK_SUSPECT = """
+_MARK_SUSPECT = f"""
 UPDATE export_jobs
    SET package_suspect_since = coalesce(package_suspect_since, now())
- WHERE job_id = %s AND package_path = %s AND package_sha256 = %s
-"""
-_MARK_SOUND = """
+ WHERE job_id = %s AND package_path = %s AND {PACKAGE_SHA256} = %s
+"""  # noqa: S608  # constants only
+_MARK_SOUND = f"""
 UPDATE export_jobs
    SET package_suspect_since = NULL
- WHERE job_id = %s AND package_path = %s AND package_sha256 = %s
+ WHERE job_id = %s AND package_path = %s AND {PACKAGE_SHA256} = %s
 RETURNING job_id
-"""
+"""  # noqa: S608  # constants only
 
 
 @dataclass(frozen=True, slots=True)
 class RecordedPackage:
-    """A package as its job's row describes it."""
+    """A package as its job's row describes it. ``sha256`` is None if there is none, or another text in its
+    place (``has_digest``)."""
 
     job_id: UUID
     package_path: str
     size_bytes: int | None
     sha256: str | None
+    has_digest: bool
     is_suspect: bool
 
 

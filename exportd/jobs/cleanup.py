@@ -1,9 +1,9 @@
 """The cleanup: deletes expired packages and old events, on a schedule.
 
-A session lock of the database lets one cleanup run at a time in the whole fleet. Each batch is a transaction
-that unlinks the files before it updates the rows: a crash in between leaves rows whose files are missing, and
-the next run marks them as deleted. The cleanup keeps a package while a principal may still resume its
-download.
+A session lock of the database lets one cleanup run at a time in the whole fleet. Each batch is a transaction.
+For each package it changes the row, which shows that the row can be changed, then unlinks the file. A crash
+before the commit leaves rows whose files are missing, and the next run marks them as deleted. The cleanup
+keeps a package while a principal may still resume its download, or while another job has it.
 """
 
 import asyncio
@@ -11,7 +11,8 @@ import contextlib
 import os
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
 from zoneinfo import ZoneInfo
@@ -25,15 +26,17 @@ from exportd.db.expiry import (
     FIRST_ID,
     ExpiredPackage,
     database_clock,
+    is_shared,
     last_cleanup,
+    list_odd_paths,
     list_package_paths,
-    mark_deleted,
+    marked_deleted,
     newest_package_paths,
     record_cleanup,
     take_expired,
 )
 from exportd.db.links import prune_links
-from exportd.db.pool import Database, DatabaseError, Session
+from exportd.db.pool import Database, DatabaseError, DatabaseRefused, Session
 from exportd.errors import OperatorError
 from exportd.storage.files import PackageMissing, PackageStore, PackageUnusable
 
@@ -153,42 +156,49 @@ class Cleanup:
 
     async def _delete_packages(self, session: Session, summary: CleanupSummary) -> None:
         last: ExpiredPackage | None = None
+        odd_paths: dict[str, set[str]] = defaultdict(set)
+        for _, path in await list_odd_paths(session):
+            if (name := self.store.name_of(path)) is not None:
+                odd_paths[name].add(path)
         while True:
             started = time.monotonic()
             async with session.transaction():
+                # A constraint that is checked at the commit would be checked after the file is gone.
+                await session.fetch_all("SET CONSTRAINTS ALL IMMEDIATE")
                 packages = await take_expired(session, last, _BATCH, self.grace, lock=True)
                 if not packages:
                     return
-                last, deleted = await asyncio.to_thread(self._unlink, packages, summary)
-                await mark_deleted(session, deleted)
+                for last in packages:
+                    if last.is_waiting:
+                        summary.packages_waiting += 1
+                    else:
+                        await self._delete(session, last, odd_paths, summary)
+                    if time.monotonic() - started > _BATCH_SECONDS:
+                        break
             # Downloads need the disk, the database and the processor too, and the cleanup is not urgent.
             await asyncio.sleep(_REST * (time.monotonic() - started))
 
-    def _unlink(
-        self, packages: list[ExpiredPackage], summary: CleanupSummary
-    ) -> tuple[ExpiredPackage, list[uuid.UUID]]:
-        """Unlinks packages for half a second, at least one. Returns the last package of the batch, and the
-        jobs whose packages are gone."""
-        until = time.monotonic() + _BATCH_SECONDS
-        deleted: list[uuid.UUID] = []
-        for package in packages:
-            if package.is_waiting:
-                summary.packages_waiting += 1
-            else:
-                try:
-                    if set(package.shared_with) <= set(deleted):
-                        summary.bytes_freed += self.store.remove(package.package_path)
-                except PackageMissing:
-                    pass
-                except PackageUnusable as error:
-                    summary.packages_failed += 1
-                    log.error("package_not_deleted", job_id=str(package.job_id), reason=str(error))
-                    continue
-                deleted.append(package.job_id)
-                summary.packages_deleted += 1
-            if time.monotonic() > until:
-                break
-        return package, deleted
+    async def _delete(
+        self,
+        session: Session,
+        package: ExpiredPackage,
+        odd_paths: Mapping[str, Collection[str]],
+        summary: CleanupSummary,
+    ) -> None:
+        try:
+            async with marked_deleted(session, package.job_id):
+                name = self.store.name_of(package.package_path)
+                if name is None:
+                    raise PackageUnusable("the path leads out of the storage root")
+                others = {*self.store.spellings(name), *odd_paths.get(name, ())}
+                if not await is_shared(session, [*others]):
+                    with contextlib.suppress(PackageMissing):
+                        summary.bytes_freed += await asyncio.to_thread(self.store.remove, name)
+        except (PackageUnusable, DatabaseRefused) as error:
+            summary.packages_failed += 1
+            log.error("package_not_deleted", job_id=str(package.job_id), reason=str(error))
+        else:
+            summary.packages_deleted += 1
 
 
 async def find_orphans(

@@ -68,6 +68,8 @@ async def verify_packages(database: Database, store: PackageStore, job_id: UUID 
         found.bytes_read += package.size_bytes or 0
         if package.sha256 is None:
             found.unknown += 1
+            if package.has_digest:
+                log.warning("package_digest_unusable", **fields)
         elif digest == package.sha256:
             found.sound += 1
             if package.is_suspect and await mark_sound(database, package):

@@ -130,6 +130,10 @@ class PackageStore:
         except PackageUnusable:
             return None
 
+    def spellings(self, name: str) -> list[str]:
+        """The usual paths of a package with that name: relative, and below the root."""
+        return [name, *(f"{root}/{name}" for root in {str(self.root), os.path.realpath(self.root)})]
+
     def is_ready(self) -> bool:
         """Whether the root can be entered and read."""
         return os.access(self.root, os.R_OK | os.X_OK) and self.root.is_dir()

@@ -10,7 +10,7 @@ from psycopg2.extras import register_uuid
 
 from exportd.counting import record, upkeep
 from exportd.db import job_details, jobs, links, packing, re_exports, statistics
-from exportd.db.expiry import _FIND_UNFINISHED, TAKE_EXPIRED
+from exportd.db.expiry import _FIND_UNFINISHED, FIND_SHARING, TAKE_EXPIRED
 from exportd.limits import quota
 from tests.support.postgres import query
 
@@ -90,6 +90,7 @@ STATEMENTS: dict[str, tuple[str, Any]] = {
         TAKE_EXPIRED,
         {"expires_at": "-infinity", "job_id": JOB, "limit": 100, "grace": timedelta(hours=24)},
     ),
+    "who shares a package": (FIND_SHARING, (["p-5", "/root/p-5"],)),
     "who may resume": (_FIND_UNFINISHED, (JOB, "ann")),
     "a packer's search": (packing.TAKE_JOB, {"packer_id": JOB}),
     "statistics: the job": (statistics._FIND_JOB, STATISTICS),

@@ -156,6 +156,77 @@ async def test_a_shared_package_goes_with_the_last_job_that_points_to_it(
     assert row_of(jobs, kept)[1] is row_of(jobs, third)[1] is None
 
 
+@pytest.mark.parametrize("spelling", ["./{name}", "{root}/{name}", "{root}//./{name}", "folder/../{name}"])
+async def test_a_package_stays_while_another_job_names_it_otherwise(
+    cleanup: Cleanup, jobs: Jobs, storage: Path, spelling: str
+) -> None:
+    expired = jobs.add(package_expires_at=LONG_AGO)
+    path = spelling.format(name=expired.file.name, root=storage)
+    living = jobs.add(package_path=path)
+    await cleanup.run()
+    # A path with .. is never served.
+    assert expired.file.exists() == (".." not in spelling)
+    assert row_of(jobs, expired) == DELETED
+    assert row_of(jobs, living)[1] == path
+
+
+def frozen(when: str, body: str) -> str:
+    return (
+        f"CREATE FUNCTION frozen() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {body} END $$;"
+        f"CREATE {when} FOR EACH ROW EXECUTE FUNCTION frozen()"
+    )
+
+
+RAISE = "RAISE EXCEPTION 'completed jobs are frozen';"
+WRITE_BACK = (
+    "IF NEW.package_path IS NULL THEN"
+    " UPDATE export_jobs SET package_path = OLD.package_path WHERE job_id = OLD.job_id;"
+    " END IF; RETURN NULL;"
+)
+REFUSALS = {
+    "a column that may not be null": "ALTER TABLE export_jobs ALTER COLUMN package_size_bytes SET NOT NULL",
+    "a constraint": "ALTER TABLE export_jobs ADD CHECK (package_path IS NOT NULL)",
+    "a trigger that raises": frozen("TRIGGER frozen BEFORE UPDATE ON export_jobs", RAISE),
+    "a trigger that keeps the row": frozen("TRIGGER frozen BEFORE UPDATE ON export_jobs", "RETURN OLD;"),
+    "a trigger that skips the row": frozen("TRIGGER frozen BEFORE UPDATE ON export_jobs", "RETURN NULL;"),
+    "a trigger that writes the path back": frozen("TRIGGER frozen AFTER UPDATE ON export_jobs", WRITE_BACK),
+    "a trigger at the commit": frozen(
+        "CONSTRAINT TRIGGER frozen AFTER UPDATE ON export_jobs DEFERRABLE INITIALLY DEFERRED", RAISE
+    ),
+}
+
+
+@pytest.mark.fresh_database
+@pytest.mark.parametrize("refusal", REFUSALS)
+async def test_a_row_that_cannot_be_changed_keeps_its_file(
+    cleanup: Cleanup, jobs: Jobs, refusal: str
+) -> None:
+    packages = [jobs.add(package_expires_at=LONG_AGO + timedelta(seconds=n)) for n in range(3)]
+    before = [row_of(jobs, package) for package in packages]
+    query(jobs.dsn, REFUSALS[refusal])
+    with structlog.testing.capture_logs() as logs:
+        summary = await cleanup.run()
+    assert summary is not None
+    assert (summary.packages_deleted, summary.packages_failed, summary.bytes_freed) == (0, 3, 0)
+    assert all(package.file.exists() for package in packages)
+    assert [row_of(jobs, package) for package in packages] == before
+    failed = [line for line in logs if line["event"] == "package_not_deleted"]
+    assert [line["job_id"] for line in failed] == [package.job_id for package in packages]
+    assert all(line["reason"] for line in failed)
+
+
+@pytest.mark.fresh_database
+async def test_a_row_that_cannot_be_changed_costs_no_other_package(cleanup: Cleanup, jobs: Jobs) -> None:
+    packages = [jobs.add(package_expires_at=LONG_AGO + timedelta(seconds=n)) for n in range(3)]
+    body = f"IF OLD.job_id = '{packages[1].job_id}' THEN {RAISE} END IF; RETURN NEW;"
+    query(jobs.dsn, frozen("TRIGGER frozen BEFORE UPDATE ON export_jobs", body))
+    summary = await cleanup.run()
+    assert summary is not None
+    assert (summary.packages_deleted, summary.packages_failed) == (2, 1)
+    assert [package.file.exists() for package in packages] == [False, True, False]
+    assert row_of(jobs, packages[0]) == row_of(jobs, packages[2]) == DELETED
+
+
 async def test_many_go_in_batches(cleanup: Cleanup, jobs: Jobs, storage: Path) -> None:
     query(
         jobs.dsn,
@@ -413,11 +484,12 @@ async def test_a_run_that_was_broken_off_between_file_and_row_heals(
 ) -> None:
     package = jobs.add(package_expires_at=LONG_AGO)
 
-    async def fail(*_: object) -> None:
+    def remove(_: PackageStore, name: str) -> int:
+        (package.file.parent / name).unlink()
         raise asyncio.CancelledError
 
     with monkeypatch.context() as patch:
-        patch.setattr(cleanup_module, "mark_deleted", fail)
+        patch.setattr(PackageStore, "remove", remove)
         with pytest.raises(asyncio.CancelledError):
             await cleanup.run()
     assert not package.file.exists()

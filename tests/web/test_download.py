@@ -396,6 +396,43 @@ async def test_a_package_without_digest_has_a_validator_from_its_identity(client
     assert tags[0] == tags[1] != tags[2]
 
 
+async def test_a_digest_in_upper_case_is_a_digest(client: Client, jobs: Jobs) -> None:
+    digest = hashlib.sha256(b"a package").hexdigest()
+    package = jobs.add(package_sha256=digest.upper())
+    async with client.get(package.url, headers={**ANN, "If-None-Match": f'"{digest}"'}) as response:
+        assert (response.status, response.headers["ETag"]) == (304, f'"{digest}"')
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        "",
+        "pending",
+        "sha256:{}",
+        "sha256-{}",
+        "0x{}",
+        "{}  p.tar.gz",
+        "{}\n",
+        " {}",
+        "q" * 64,
+        "{}0",
+        "\u0665" * 64,
+    ],
+)
+async def test_a_text_that_is_no_digest_is_as_if_absent(client: Client, jobs: Jobs, spelling: str) -> None:
+    digest = hashlib.sha256(b"a package").hexdigest()
+    package = jobs.add(package_sha256=spelling.format(digest))
+    async with client.get(package.url, headers=ANN) as response:
+        assert response.status == 200
+        assert response.headers["ETag"].startswith('"file-')
+        assert "Repr-Digest" not in response.headers
+        assert await response.read() == b"a package"
+    await until_idle(client)
+    assert jobs.counts(package)[0] == 1
+    async with client.get(package.url.removesuffix("/download"), headers=ANN) as response:
+        assert (response.status, (await response.json())["package"]["sha256"]) == (200, None)
+
+
 async def test_last_modified_is_never_later_than_now(client: Client, jobs: Jobs) -> None:
     package = jobs.add(completed_at=datetime.now(UTC) + timedelta(days=1))
     async with client.get(package.url, headers=ANN) as response:

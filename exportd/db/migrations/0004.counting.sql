@@ -50,7 +50,8 @@ BEGIN
         request_id, bytes_acknowledged, bytes_sent, duration_seconds, seen_at
     )
     SELECT event.event_id, event.job_id, event.user_id, coalesce(event.daemon_id, event.event_id), event.started_at,
-           event.http_status, event.requested, event.package_size_bytes, coalesce(job.package_sha256::text, ''),
+           event.http_status, event.requested, event.package_size_bytes,
+           CASE WHEN job.package_sha256::text ~* '^[0-9a-f]{64}$' THEN lower(job.package_sha256::text) ELSE '' END,
            event.request_id, event.bytes_acknowledged, event.bytes_sent, event.duration_seconds, event.updated_at
       FROM download_events AS event
       LEFT JOIN export_jobs AS job USING (job_id)
@@ -104,7 +105,8 @@ BEGIN
     ON CONFLICT (job_id, user_id) DO UPDATE SET tails = excluded.tails, resumes = excluded.resumes;
 
     UPDATE download_progress AS progress
-       SET package_size_bytes = job.package_size_bytes, package_sha256 = coalesce(job.package_sha256::text, '')
+       SET package_size_bytes = job.package_size_bytes,
+           package_sha256 = CASE WHEN job.package_sha256::text ~* '^[0-9a-f]{64}$' THEN lower(job.package_sha256::text) ELSE '' END
       FROM export_jobs AS job
      WHERE job.job_id = progress.job_id AND job.package_size_bytes IS NOT NULL;
 
