@@ -204,6 +204,18 @@ def migrate_up_command(config_file: Path | None) -> None:
         click.echo("nothing to apply")
 
 
+@migrate.command("check")
+@config_option
+def migrate_check_command(config_file: Path | None) -> None:
+    """Checks whether exportd can use your table export_jobs. Changes nothing."""
+    from exportd.db.migrate import check_table, migration_status
+
+    with running_database(quiet_settings(config_file)) as dsn:
+        is_migrating = not all(migration.is_applied for migration in migration_status(dsn))
+        check_table(dsn, is_migrating=is_migrating)
+    click.echo("exportd can use the table export_jobs")
+
+
 @migrate.command("down")
 @config_option
 def migrate_down_command(config_file: Path | None) -> None:

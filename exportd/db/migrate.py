@@ -16,6 +16,7 @@ import yoyo
 from yoyo.backends.core.postgresql import PostgresqlBackend
 from yoyo.connections import DatabaseURI
 
+from exportd.db.adoption import find_problems
 from exportd.errors import OperatorError
 
 MINIMUM_SERVER_VERSION = 140000
@@ -106,11 +107,28 @@ def migration_status(dsn: str) -> list[MigrationState]:
     return [MigrationState(item.id, item.hash in applied) for item in yoyo.read_migrations(str(_FOLDER))]
 
 
+def check_table(dsn: str, *, is_migrating: bool) -> None:
+    """Raises MigrationError if exportd cannot use the table ``export_jobs``, with a line for each problem.
+
+    Also raises DatabaseNotReachable.
+    """
+    try:
+        problems = find_problems(dsn, is_migrating=is_migrating)
+    except psycopg2.OperationalError as error:
+        raise DatabaseNotReachable(" ".join(str(error).split())) from error
+    except psycopg2.Error as error:
+        raise _translate(error) from error
+    if problems:
+        raise MigrationError("\n  ".join(["exportd cannot use the table export_jobs as it is:", *problems]))
+
+
 def migrate_up(dsn: str) -> list[str]:
-    """Applies the pending migrations and returns their names.
+    """Applies the pending migrations and returns their names. Refuses a table ``export_jobs`` that exportd
+    cannot use.
 
     Raises DatabaseNotReachable and MigrationError.
     """
+    check_table(dsn, is_migrating=not all(item.is_applied for item in migration_status(dsn)))
     with _locked_backend(dsn) as backend:
         pending = backend.to_apply(yoyo.read_migrations(str(_FOLDER)))
         backend.apply_migrations(pending)

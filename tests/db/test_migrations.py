@@ -26,11 +26,12 @@ from tests.db.test_pool import OPTIONS
 from tests.support.postgres import database_dsn, query
 
 REPOSITORY = Path(__file__).parent.parent.parent
-FIRST, SECOND, THIRD, FOURTH = ALL = [
+FIRST, SECOND, THIRD, FOURTH, FIFTH = ALL = [
     "0001.export-jobs",
     "0002.download-tracking",
     "0003.deliveries-and-packages",
     "0004.counting",
+    "0005.guest",
 ]
 JOB = "11111111-2222-3333-4444-555555555555"
 
@@ -81,12 +82,13 @@ def test_status_tells_what_is_applied(empty_dsn: str) -> None:
     assert migrate_up(empty_dsn) == ALL
     assert status() == [(name, True) for name in ALL]
     assert migrate_up(empty_dsn) == []
-    assert migrate_down(empty_dsn) == FOURTH
-    assert status() == [(name, name != FOURTH) for name in ALL]
+    assert migrate_down(empty_dsn) == FIFTH
+    assert status() == [(name, name != FIFTH) for name in ALL]
 
 
 @pytest.mark.fresh_database
 def test_down_on_an_empty_schema_leaves_nothing(dsn: str) -> None:
+    assert migrate_down(dsn) == FIFTH
     assert migrate_down(dsn) == FOURTH
     assert "exportd_running" not in tables(dsn)
     assert "updated_at" in columns(dsn, "download_events")
@@ -149,9 +151,9 @@ INSERT INTO download_progress (job_id, user_id, received, completed_at) VALUES
 
 @pytest.mark.fresh_database
 async def test_downloads_under_way_survive_the_migration_of_their_progress(dsn: str) -> None:
-    assert migrate_down(dsn) == FOURTH
+    assert [migrate_down(dsn) for _ in range(2)] == [FIFTH, FOURTH]
     query(dsn, EARLIER)
-    assert migrate_up(dsn) == [FOURTH]
+    assert migrate_up(dsn) == [FOURTH, FIFTH]
     assert query(dsn, "SELECT user_id, received::text FROM download_progress ORDER BY user_id") == [
         ("broken", "{[0,400)}"),
         ("resumed", "{[700,1000)}"),
@@ -175,13 +177,13 @@ async def test_downloads_under_way_survive_the_migration_of_their_progress(dsn: 
 
 @pytest.mark.fresh_database
 def test_progress_and_running_deliveries_survive_the_way_down(dsn: str) -> None:
-    assert migrate_down(dsn) == FOURTH
+    assert [migrate_down(dsn) for _ in range(2)] == [FIFTH, FOURTH]
     query(dsn, EARLIER)
     progress = "SELECT user_id, received::text FROM download_progress WHERE NOT isempty(received) ORDER BY 1"
     events = "SELECT user_id, outcome, received::text FROM download_events ORDER BY user_id, started_at"
     expected = query(dsn, progress), query(dsn, events)
     migrate_up(dsn)
-    assert migrate_down(dsn) == FOURTH
+    assert [migrate_down(dsn) for _ in range(2)] == [FIFTH, FOURTH]
     assert (query(dsn, progress), query(dsn, events)) == expected
 
 
