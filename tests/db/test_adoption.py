@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import psycopg2
 import pytest
@@ -204,3 +205,15 @@ def test_a_trigger_of_the_application_that_raises_is_found_once_for_each_change(
         f"export_jobs does not let exportd record {what}: completed jobs are frozen"
         for what in ("a download", "that a package is deleted")
     ]
+
+
+def test_the_documentation_lists_the_types() -> None:
+    text = (Path(__file__).parent.parent.parent / "docs" / "your-table.md").read_text()
+    table = text.partition("## Types that work")[2].partition("\n\n`exportd migrate check`")[0]
+    documented = {
+        column: tuple(re.findall("`([^`]+)`", types))
+        for columns, types in re.findall(r"^\| (`[^|]+`) \| (`[^|]+`) \|$", table, re.MULTILINE)
+        for column in re.findall("`([^`]+)`", columns)
+    }
+    assert documented.pop("job_id") == ("uuid",)
+    assert documented == {column: use.types for column, use in COLUMNS.items()}
