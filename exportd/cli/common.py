@@ -106,8 +106,10 @@ def running_database(settings: Settings) -> Iterator[str]:
     else:
         import structlog
 
+        from exportd.db.dsn import check_dsn
         from exportd.db.migrate import wait_for_database
 
+        check_dsn(dsn)
         log = structlog.get_logger()
         wait_for_database(
             dsn,

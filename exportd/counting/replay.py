@@ -8,6 +8,7 @@ import contextlib
 import random
 import time
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from uuid import UUID
 
@@ -169,16 +170,36 @@ def explain(error: BaseException) -> dict[str, object]:
 
 async def record_or_drop(database: Database, events: Sequence[DownloadEvent]) -> None:
     """As ``record_downloads``, but logs and drops an event whose values the database rejects: a retry would
-    fail again, and it must not fail the others. Raises DatabaseError."""
+    fail again, and it must not fail the others. Raises DatabaseError.
+
+    A text that the database's encoding cannot hold is escaped, so that the download counts.
+    """
     try:
         await record_downloads(database, events)
     except ValueRefused:
         if len(events) == 1:
-            log.exception("download_not_recorded", **describe(events[0]))
+            escaped = _escaped(events[0])
+            if escaped != events[0]:
+                await record_or_drop(database, [escaped])
+            else:
+                log.exception("download_not_recorded", **describe(events[0]))
             return
         middle = len(events) // 2
         await record_or_drop(database, events[:middle])
         await record_or_drop(database, events[middle:])
+
+
+def _escaped(event: DownloadEvent) -> DownloadEvent:
+    return replace(
+        event,
+        user_id=_ascii(event.user_id),
+        request_id=_ascii(event.request_id),
+        reason=None if event.reason is None else _ascii(event.reason),
+    )
+
+
+def _ascii(text: str) -> str:
+    return text.encode("ascii", "backslashreplace").decode().replace("\0", "\\x00")
 
 
 def describe(event: DownloadEvent) -> dict[str, object]:

@@ -14,9 +14,11 @@ from typing import Any
 
 import aiopg
 import psycopg2
+import psycopg2.errors
 import structlog
 from psycopg2.extras import NamedTupleCursor
 
+from exportd.db.dsn import complete_dsn
 from exportd.errors import OperatorError
 
 log = structlog.get_logger()
@@ -41,6 +43,10 @@ class DatabaseUnavailable(DatabaseError):
 class DatabaseRefused(DatabaseError):
     """The database rejects a statement, or holds a value that cannot be read, until somebody changes that. It
     may be read-only, or lack a table or a right."""
+
+
+class ReadOnly(DatabaseRefused):
+    """The connection is to a server that accepts no writes, as before or after a failover."""
 
 
 class ValueRefused(DatabaseRefused):
@@ -71,9 +77,10 @@ class Database:
         """
         try:
             return await self._run(statement, parameters)
-        except (psycopg2.OperationalError, psycopg2.InterfaceError) as error:
+        except (psycopg2.OperationalError, psycopg2.InterfaceError, ReadOnly) as error:
             log.warning("database_connection_lost", error=_one_line(error))
-            # A server that restarted has closed the idle connections too. The retry gets a new one.
+            # A server that restarted has closed the idle connections too, and after a failover they are to a
+            # server that accepts no writes. The retry gets a new one.
             await self._pool.clear()
         try:
             return await self._run(statement, parameters)
@@ -100,7 +107,13 @@ class Database:
                 with _broken_is_unavailable(), _translated():
                     connection = await stack.enter_async_context(self._pool.acquire())
                 session = Session(connection, self._statement_timeout_seconds)
-            yield session
+            try:
+                yield session
+            except ReadOnly:
+                # It would not be of use to the next caller either.
+                connection.close()
+                await self._pool.clear()
+                raise
 
     @contextlib.asynccontextmanager
     async def listening(self, channel: str) -> AsyncIterator[Callable[[float], Awaitable[None]]]:
@@ -234,6 +247,8 @@ def _translation(error: Exception) -> Exception | None:
         case psycopg2.DataError() | psycopg2.IntegrityError() | ValueError():
             # ValueError: a value that psycopg2 cannot send, or a time that Python cannot represent.
             return ValueRefused(_one_line(error))
+        case psycopg2.errors.ReadOnlySqlTransaction():
+            return ReadOnly(_one_line(error))
         case psycopg2.Error():
             return DatabaseRefused(_one_line(error))
         case RuntimeError():
@@ -283,7 +298,7 @@ async def open_database(
 
     try:
         pool = await aiopg.create_pool(
-            dsn,
+            complete_dsn(dsn),
             minsize=pool_min_size,
             maxsize=pool_max_size,
             timeout=connect_timeout_seconds,

@@ -26,7 +26,7 @@ from exportd.db.statistics import find_statistics
 from exportd.domain.delivery import DownloadEvent, Outcome
 from exportd.domain.sizes import LOWER_BOUNDS
 from tests.db.test_pool import OPTIONS
-from tests.support.postgres import query
+from tests.support.postgres import database_dsn, query
 
 DIGEST = "0" * 64
 
@@ -687,7 +687,7 @@ async def test_a_checkpoint_that_is_refused_holds_up_no_record(
     database: Database, ledger: DownloadLedger, dsn: str
 ) -> None:
     job_id, _ = await completed_job(database)
-    wrong = event(job_id, outcome=Outcome.RUNNING, request_id="\0", package_size_bytes=2**30)
+    wrong = event(job_id, outcome=Outcome.RUNNING, bytes_sent=2**63, package_size_bytes=2**30)
     with ledger.checkpoints(lambda: wrong):
         await asyncio.sleep(0.1)
     await ledger.record(event(job_id))
@@ -701,7 +701,7 @@ async def test_a_spooled_checkpoint_that_is_refused_holds_up_no_end(
 ) -> None:
     job_id, _ = await completed_job(database)
     dead = Spool.create(tmp_path / "ledger", uuid.uuid4())
-    wrong = event(job_id, outcome=Outcome.RUNNING, request_id="\0")
+    wrong = event(job_id, outcome=Outcome.RUNNING, bytes_sent=2**63)
     await dead.append([wrong, event(job_id)])
     fcntl.flock(dead._descriptor, fcntl.LOCK_UN)
     ledger = await open_ledger(database, tmp_path / "ledger")
@@ -739,3 +739,27 @@ async def test_parts_that_end_at_the_same_time_in_two_daemons_are_one_download(
         await asyncio.gather(*(record_downloads(database, [one]) for one in [*parts, *parts]))
     assert await count(database, job_id) == 20
     assert query(dsn, "SELECT count(*) FROM download_progress") == [(0,)]
+
+
+@pytest.mark.parametrize("user_id", ["Ж", "\ud800", "a\0b", "é"])
+@pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII", "UTF8"])
+async def test_a_text_that_the_database_cannot_hold_costs_no_count(
+    server_dsn: str, tmp_path: Path, encoding: str, user_id: str
+) -> None:
+    name = f"encoding_{uuid.uuid4().hex}"
+    query(
+        server_dsn,
+        f"CREATE DATABASE {name} ENCODING '{encoding}' TEMPLATE template0 LC_COLLATE 'C' LC_CTYPE 'C'",
+    )
+    dsn = database_dsn(server_dsn, name)
+    migrate_up(dsn)
+    database = await open_database(dsn, **OPTIONS)  # type: ignore[arg-type]
+    ledger = await open_ledger(database, tmp_path / "ledger")
+    job_id, _ = await completed_job(database)
+    parts = [part(job_id, 0, 500, user_id=user_id), part(job_id, 500, 1000, user_id=user_id)]
+    for ended in [event(job_id, user_id=user_id), event(job_id), *parts]:
+        await ledger.record(ended)
+    assert await count(database, job_id) == 3
+    await ledger.close()
+    await database.close()
+    query(server_dsn, f"DROP DATABASE {name} WITH (FORCE)")

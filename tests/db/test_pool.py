@@ -9,7 +9,7 @@ import psycopg2
 import pytest
 
 from exportd.db import pool
-from exportd.db.pool import Database, DatabaseRefused, DatabaseUnavailable, open_database
+from exportd.db.pool import Database, DatabaseRefused, DatabaseUnavailable, ReadOnly, open_database
 from tests.support.postgres import query
 
 OPTIONS = {
@@ -298,3 +298,30 @@ async def test_a_listener_hears_a_notification_and_waits_no_longer_than_asked(
         query(dsn, 'NOTIFY "some channel"')
         await waiting
         await wait(0.01)
+
+
+@pytest.mark.fresh_database
+async def test_connections_to_a_server_that_was_read_only_are_dropped(dsn: str) -> None:
+    """As after a failover: the server accepts writes again, and its connections still do not."""
+    ((name,),) = query(dsn, "SELECT current_database()")
+    writing = psycopg2.extensions.make_dsn(dsn, options="-c default_transaction_read_only=off")
+    query(dsn, f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+    database = await open_database(dsn, **{**OPTIONS, "pool_min_size": 3})  # type: ignore[arg-type]
+    write = "UPDATE export_jobs SET user_id = user_id"
+    with pytest.raises(ReadOnly):
+        await database.fetch_all(write)
+    async with database.session() as idle:
+        await idle.fetch_all("SELECT")
+    query(writing, f"ALTER DATABASE {name} RESET default_transaction_read_only")
+    await database.fetch_all(write)
+    await database.close()
+
+    query(dsn, f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+    database = await open_database(dsn, **OPTIONS)  # type: ignore[arg-type]
+    query(writing, f"ALTER DATABASE {name} RESET default_transaction_read_only")
+    with pytest.raises(ReadOnly):
+        async with database.session() as session, session.transaction():
+            await session.fetch_all(write)
+    async with database.session() as session, session.transaction():
+        await session.fetch_all(write)
+    await database.close()
