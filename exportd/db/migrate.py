@@ -10,8 +10,11 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psycopg2
+import psycopg2.errors
+import structlog
 import yoyo
 from yoyo.backends.core.postgresql import PostgresqlBackend
 from yoyo.connections import DatabaseURI
@@ -19,10 +22,18 @@ from yoyo.connections import DatabaseURI
 from exportd.db.adoption import find_problems
 from exportd.errors import OperatorError
 
+log = structlog.get_logger()
+
 MINIMUM_SERVER_VERSION = 140000
 _TABLE = "exportd_migrations"
 _FOLDER = Path(__file__).parent / "migrations"
 _ADVISORY_LOCK = 0x6578706F72746400  # "exportd" in ASCII
+
+# While a migration waits for a lock of the table, every statement of the application waits behind it. So it
+# gives up soon, and tries again after a pause.
+_LOCK_TIMEOUT_SECONDS = 0.5
+_LOCK_PAUSE_SECONDS = 1.0
+_MAX_LOCK_SECONDS = 60.0
 
 # Messages of a server that will accept connections soon (SQLSTATE 57P03 and 53300). psycopg2 gives no
 # SQLSTATE for a connection that was not established.
@@ -40,8 +51,25 @@ class MigrationError(OperatorError):
     """The schema cannot be migrated. The message is for the operator."""
 
 
+class _Locked(MigrationError):
+    """Another session holds a lock of the table. The message names it."""
+
+
 class DatabaseNotReachable(MigrationError):
     """The database cannot be reached. The message is libpq's, on one line."""
+
+
+_FIND_BLOCKERS = """
+SELECT string_agg(
+           format('session %s (%s of %s, %s)', pid, application_name, usename, state),
+           ', ' ORDER BY pid
+       )
+  FROM pg_stat_activity
+ WHERE pid IN (
+        SELECT pid FROM pg_locks
+         WHERE granted AND pid <> pg_backend_pid() AND relation = to_regclass('export_jobs')
+       )
+"""
 
 
 @dataclass(frozen=True)
@@ -56,6 +84,13 @@ class _Backend(PostgresqlBackend):  # type: ignore[misc]  # yoyo has no types
     log_table = "exportd_migration_log"
     lock_table = "exportd_migration_lock"
     version_table = "exportd_migration_version"
+
+    def connect(self, dburi: DatabaseURI) -> Any:
+        connection = super().connect(dburi)
+        with connection.cursor() as cursor:
+            cursor.execute(f"SET lock_timeout = '{int(_LOCK_TIMEOUT_SECONDS * 1000)}ms'")
+        connection.commit()
+        return connection
 
 
 def wait_for_database(dsn: str, timeout_seconds: float, on_wait: Callable[[str], None]) -> None:
@@ -128,11 +163,23 @@ def migrate_up(dsn: str) -> list[str]:
 
     Raises DatabaseNotReachable and MigrationError.
     """
-    check_table(dsn, is_migrating=not all(item.is_applied for item in migration_status(dsn)))
-    with _locked_backend(dsn) as backend:
-        pending = backend.to_apply(yoyo.read_migrations(str(_FOLDER)))
-        backend.apply_migrations(pending)
-        return [item.id for item in pending]
+    before = {item.name for item in migration_status(dsn) if item.is_applied}
+    check_table(dsn, is_migrating=len(before) < len(migration_status(dsn)))
+    deadline = time.monotonic() + _MAX_LOCK_SECONDS
+    applied: list[str] = []
+    while True:
+        try:
+            with _locked_backend(dsn) as backend:
+                for item in backend.to_apply(yoyo.read_migrations(str(_FOLDER))):
+                    backend.apply_one(item)
+                    applied.append(item.id)
+            return applied
+        except _Locked as error:
+            # Each migration is a transaction of its own, and has released its locks.
+            if time.monotonic() > deadline:
+                raise
+            log.warning("migration_waiting", error=str(error))
+            time.sleep(_LOCK_PAUSE_SECONDS)
 
 
 def migrate_down(dsn: str) -> str | None:
@@ -156,14 +203,23 @@ def _locked_backend(dsn: str) -> Iterator[_Backend]:
     except psycopg2.Error as error:
         raise DatabaseNotReachable(" ".join(str(error).split())) from error
     try:
-        # The session's end frees the lock, however it ends.
-        backend.execute(f"SELECT pg_advisory_lock({_ADVISORY_LOCK})")
+        # The session's end frees the lock, however it ends. Each migration runs in a session of its own.
+        backend.execute(f"SET lock_timeout = 0; SELECT pg_advisory_lock({_ADVISORY_LOCK})")
         backend.init_database()
         yield backend
+    except psycopg2.errors.LockNotAvailable as error:
+        raise _Locked(f"the table export_jobs is locked by {_find_blockers(dsn)}") from error
     except psycopg2.Error as error:
         raise _translate(error) from error
     finally:
         backend.connection.close()
+
+
+def _find_blockers(dsn: str) -> str:
+    with contextlib.closing(psycopg2.connect(dsn)) as connection, connection.cursor() as cursor:
+        cursor.execute(_FIND_BLOCKERS)
+        (blockers,) = cursor.fetchone() or (None,)
+    return blockers or "a session that has ended"
 
 
 def _translate(error: psycopg2.Error) -> MigrationError:

@@ -2,14 +2,18 @@
 
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psycopg2
 import pytest
+import structlog
 
+from exportd.db import migrate
 from exportd.db.adoption import COLUMNS, find_problems
 from exportd.db.migrate import MigrationError, migrate_up
 from tests.jobs.test_expired_packages import RAISE, REFUSALS, frozen
+from tests.support.daemon import wait_for
 from tests.support.postgres import query
 
 JOB = "11111111-2222-3333-4444-555555555555"
@@ -217,3 +221,42 @@ def test_the_documentation_lists_the_types() -> None:
     }
     assert documented.pop("job_id") == ("uuid",)
     assert documented == {column: use.types for column, use in COLUMNS.items()}
+
+
+def locked(dsn: str) -> psycopg2.extensions.connection:
+    """A transaction of the application that has read the table and is idle now."""
+    there = psycopg2.extensions.make_dsn(dsn, application_name="report")
+    connection = psycopg2.connect(there)
+    connection.cursor().execute("SELECT count(*) FROM export_jobs")
+    return connection
+
+
+def test_a_migration_lets_no_statement_wait_behind_a_lock(
+    empty_dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(migrate, "_LOCK_PAUSE_SECONDS", 0.3)
+    query(empty_dsn, TABLE.format("package_path text"))
+    query(empty_dsn, ROW)
+    blocker = locked(empty_dsn)
+    with structlog.testing.capture_logs() as logs, ThreadPoolExecutor() as threads:
+        migrating = threads.submit(migrate_up, empty_dsn)
+        wait_for("a refused lock", lambda: len(logs) > 1)
+        for _ in range(20):
+            # The limit is generous: what waits behind a lock waits until the blocker ends.
+            query(empty_dsn, "SET statement_timeout = '10s'; SELECT * FROM export_jobs")
+        assert not migrating.done()
+        blocker.rollback()
+        assert "0005.guest" in migrating.result(60)
+    blocker.close()
+    named = r"the table export_jobs is locked by session \d+ \(report of \w+, idle in transaction\)"
+    assert re.fullmatch(named, logs[0]["error"])
+
+
+def test_a_lock_that_is_never_released_is_reported(empty_dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(migrate, "_MAX_LOCK_SECONDS", 0.0)
+    query(empty_dsn, TABLE.format("package_path text"))
+    blocker = locked(empty_dsn)
+    with pytest.raises(MigrationError, match=rf"locked by session {blocker.info.backend_pid} \(report of"):
+        migrate_up(empty_dsn)
+    blocker.close()
+    assert migrate_up(empty_dsn)
