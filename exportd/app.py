@@ -165,6 +165,7 @@ async def connect(settings: Settings, dsn: str, *, min_connections: int = 1) -> 
         pool_max_size=max(settings.database.pool_max_size, min_connections),
         connect_timeout_seconds=settings.database.connect_timeout_seconds,
         statement_timeout_seconds=settings.database.statement_timeout_seconds,
+        direct_dsn=settings.database.read_direct_dsn(),
     )
 
 

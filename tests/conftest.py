@@ -5,7 +5,12 @@ from collections.abc import Callable, Mapping
 import structlog
 import uvloop
 
-pytest_plugins = ["tests.support.postgres", "tests.support.application", "tests.support.daemon"]
+pytest_plugins = [
+    "tests.support.postgres",
+    "tests.support.application",
+    "tests.support.daemon",
+    "tests.support.cluster",
+]
 
 
 def pytest_asyncio_loop_factories() -> Mapping[str, Callable[[], AbstractEventLoop]]:

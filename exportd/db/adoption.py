@@ -9,6 +9,8 @@ from typing import Any
 
 import psycopg2
 
+from exportd.db.connections import WITHOUT_LIMITS, connect_blocking
+
 _TEXT = ("text", "character varying")
 _NUMBER = ("bigint", "integer", "smallint", "numeric")
 _TIME = ("timestamp with time zone", "timestamp without time zone")
@@ -111,8 +113,11 @@ def find_problems(dsn: str, *, is_migrating: bool) -> list[str]:
     ``is_migrating``: whether the role must be able to change the schema. Changes nothing: what is tried on a
     row is rolled back. Raises psycopg2.Error.
     """
-    with contextlib.closing(psycopg2.connect(dsn)) as connection, connection.cursor() as cursor:
-        cursor.execute(_FIND_TABLE)
+    with (
+        contextlib.closing(connect_blocking(dsn, is_writing=True)) as connection,
+        connection.cursor() as cursor,
+    ):
+        cursor.execute(WITHOUT_LIMITS + _FIND_TABLE)
         table = cursor.fetchone()
         if table is None:
             return _find_elsewhere(cursor) or (_find_missing_rights(cursor) if is_migrating else [])

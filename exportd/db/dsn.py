@@ -1,5 +1,6 @@
 """The check of a libpq connection string. Its messages hold no part of it: any part may be of a password."""
 
+import os
 import re
 
 import psycopg2
@@ -13,6 +14,7 @@ _KEEPALIVES = {
     "keepalives_count": "2",
     "tcp_user_timeout": "5000",
 }
+_TARGETS = ("any", "read-write", "primary")
 _SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 _FORMS = "postgresql://user:password@host:5432/name or host=… user=… password='…' dbname=…"
 
@@ -21,10 +23,10 @@ class DsnRefused(OperatorError):
     """libpq cannot use the connection string. The message is for the operator."""
 
 
-def check_dsn(dsn: str) -> None:
-    """Raises DsnRefused, with the kind of the mistake."""
+def check_dsn(dsn: str, name: str = "database.dsn") -> None:
+    """Raises DsnRefused, with the kind of the mistake. ``name`` is the setting's."""
     if (mistake := _find_mistake(dsn)) is not None:
-        raise DsnRefused(f"database.dsn: {mistake}. It must be {_FORMS}")
+        raise DsnRefused(f"{name}: {mistake}. It must be {_FORMS}")
 
 
 def complete_dsn(dsn: str) -> str:
@@ -51,6 +53,14 @@ def _find_mistake(dsn: str) -> str | None:
         return "the port is not a number from 1 to 65535"
     if fields.get("sslmode", "prefer") not in _SSL_MODES:
         return f"sslmode is not one of {', '.join(_SSL_MODES)}"
+    if "service" in fields or "PGSERVICE" in os.environ:
+        return "a connection service (service, PGSERVICE) is not supported; write its fields here"
+    if fields.get("target_session_attrs", "any") not in _TARGETS:
+        return f"exportd writes, so target_session_attrs must be {', '.join(_TARGETS)}"
+    hosts, addresses, numbers = (fields.get(name, "").split(",") for name in ("host", "hostaddr", "port"))
+    servers = max(len(hosts), len(addresses))
+    if len(numbers) not in (1, servers) or (fields.get("hostaddr") and len(hosts) not in (1, servers)):
+        return "host, hostaddr and port list different numbers of servers"
     return None
 
 

@@ -7,7 +7,7 @@ database.
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,11 @@ from yoyo.backends.core.postgresql import PostgresqlBackend
 from yoyo.connections import DatabaseURI
 
 from exportd.db.adoption import find_problems
+from exportd.db.connections import WITHOUT_LIMITS, DatabaseNotReachable, connect_blocking
 from exportd.errors import OperatorError
 
 log = structlog.get_logger()
 
-MINIMUM_SERVER_VERSION = 140000
 _TABLE = "exportd_migrations"
 _FOLDER = Path(__file__).parent / "migrations"
 _ADVISORY_LOCK = 0x6578706F72746400  # "exportd" in ASCII
@@ -35,17 +35,6 @@ _LOCK_TIMEOUT_SECONDS = 0.5
 _LOCK_PAUSE_SECONDS = 1.0
 _MAX_LOCK_SECONDS = 60.0
 
-# Messages of a server that will accept connections soon (SQLSTATE 57P03 and 53300). psycopg2 gives no
-# SQLSTATE for a connection that was not established.
-_TRANSIENT = (
-    "starting up",
-    "shutting down",
-    "recovery mode",
-    "not yet accepting",
-    "too many",
-    "remaining connection",
-)
-
 
 class MigrationError(OperatorError):
     """The schema cannot be migrated. The message is for the operator."""
@@ -53,10 +42,6 @@ class MigrationError(OperatorError):
 
 class _Locked(MigrationError):
     """Another session holds a lock of the table. The message names it."""
-
-
-class DatabaseNotReachable(MigrationError):
-    """The database cannot be reached. The message is libpq's, on one line."""
 
 
 _FIND_BLOCKERS = """
@@ -86,41 +71,13 @@ class _Backend(PostgresqlBackend):  # type: ignore[misc]  # yoyo has no types
     version_table = "exportd_migration_version"
 
     def connect(self, dburi: DatabaseURI) -> Any:
-        connection = super().connect(dburi)
-        with connection.cursor() as cursor:
-            cursor.execute(f"SET lock_timeout = '{int(_LOCK_TIMEOUT_SECONDS * 1000)}ms'")
-        connection.commit()
+        connection = connect_blocking(dburi.args["dsn"], is_writing=True)
+        connection.autocommit = True
         return connection
 
-
-def wait_for_database(dsn: str, timeout_seconds: float, on_wait: Callable[[str], None]) -> None:
-    """Returns when the server accepts a connection. Calls ``on_wait`` with the reason of the first failure.
-
-    Does not wait after an error that waiting cannot cure (wrong password, no such database).
-    Raises DatabaseNotReachable, and MigrationError if the server is too old.
-    """
-    deadline = time.monotonic() + timeout_seconds
-    waiting = False
-    while True:
-        remaining = deadline - time.monotonic()
-        try:
-            connection = psycopg2.connect(dsn, connect_timeout=max(2, int(remaining)))
-        except psycopg2.Error as error:
-            reason = " ".join(str(error).split())
-            refused = "FATAL:" in reason and not any(words in reason for words in _TRANSIENT)
-            if refused or isinstance(error, psycopg2.ProgrammingError) or remaining <= 0:
-                raise DatabaseNotReachable(reason) from error
-            if not waiting:
-                on_wait(reason)
-                waiting = True
-            time.sleep(0.25)
-            continue
-        with contextlib.closing(connection):
-            if connection.server_version < MINIMUM_SERVER_VERSION:
-                raise MigrationError(
-                    f"PostgreSQL 14 or newer is needed; the server is {connection.server_version // 10000}"
-                )
-        return
+    def begin(self) -> None:
+        super().begin()
+        self.execute(f"{WITHOUT_LIMITS}SET LOCAL lock_timeout = '{int(_LOCK_TIMEOUT_SECONDS * 1000)}ms'")
 
 
 def migration_status(dsn: str) -> list[MigrationState]:
@@ -130,7 +87,10 @@ def migration_status(dsn: str) -> list[MigrationState]:
     """
     applied: set[str] = set()
     try:
-        with contextlib.closing(psycopg2.connect(dsn)) as connection, connection.cursor() as cursor:
+        with (
+            contextlib.closing(connect_blocking(dsn, is_writing=False)) as connection,
+            connection.cursor() as cursor,
+        ):
             cursor.execute("SELECT to_regclass(%s)", (_TABLE,))
             if cursor.fetchone() != (None,):
                 cursor.execute(f"SELECT migration_hash FROM {_TABLE}")  # noqa: S608  # our own name
@@ -198,25 +158,31 @@ def migrate_down(dsn: str) -> str | None:
 @contextlib.contextmanager
 def _locked_backend(dsn: str) -> Iterator[_Backend]:
     uri = DatabaseURI("postgresql", None, None, None, None, None, {"dsn": dsn})
-    try:
-        backend = _Backend(uri, _TABLE)
-    except psycopg2.Error as error:
-        raise DatabaseNotReachable(" ".join(str(error).split())) from error
-    try:
-        # The session's end frees the lock, however it ends. Each migration runs in a session of its own.
-        backend.execute(f"SET lock_timeout = 0; SELECT pg_advisory_lock({_ADVISORY_LOCK})")
-        backend.init_database()
-        yield backend
-    except psycopg2.errors.LockNotAvailable as error:
-        raise _Locked(f"the table export_jobs is locked by {_find_blockers(dsn)}") from error
-    except psycopg2.Error as error:
-        raise _translate(error) from error
-    finally:
-        backend.connection.close()
+    with contextlib.ExitStack() as stack:
+        try:
+            # A transaction holds the lock, because a pooler may run each transaction in another session.
+            # Its end frees the lock, however it ends.
+            holder = stack.enter_context(contextlib.closing(connect_blocking(dsn, is_writing=True)))
+            backend = _Backend(uri, _TABLE)
+            stack.callback(backend.connection.close)
+        except psycopg2.Error as error:
+            raise DatabaseNotReachable(" ".join(str(error).split())) from error
+        try:
+            with holder.cursor() as cursor:
+                cursor.execute(f"{WITHOUT_LIMITS}SELECT pg_advisory_xact_lock({_ADVISORY_LOCK})")
+            backend.init_database()
+            yield backend
+        except psycopg2.errors.LockNotAvailable as error:
+            raise _Locked(f"the table export_jobs is locked by {_find_blockers(dsn)}") from error
+        except psycopg2.Error as error:
+            raise _translate(error) from error
 
 
 def _find_blockers(dsn: str) -> str:
-    with contextlib.closing(psycopg2.connect(dsn)) as connection, connection.cursor() as cursor:
+    with (
+        contextlib.closing(connect_blocking(dsn, is_writing=False)) as connection,
+        connection.cursor() as cursor,
+    ):
         cursor.execute(_FIND_BLOCKERS)
         (blockers,) = cursor.fetchone() or (None,)
     return blockers or "a session that has ended"

@@ -1,9 +1,11 @@
-"""The database, for everything that runs in the event loop: a pool of aiopg connections.
+"""The database, for everything that runs in the event loop: statements on a pool of connections.
 
 Statements run in autocommit (psycopg2 offers nothing else asynchronously), so each statement is a
 transaction. ``Database.session`` is for statements that belong together. The pool replaces broken
 connections, and a statement that met one is sent again, once. So the rule for callers: a statement is a read,
 or idempotent.
+
+A pooler may run each transaction in another session. So nothing is kept in a session: no setting, no lock.
 """
 
 import asyncio
@@ -12,13 +14,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mappin
 from dataclasses import dataclass
 from typing import Any
 
-import aiopg
 import psycopg2
 import psycopg2.errors
 import structlog
 from psycopg2.extras import NamedTupleCursor
 
-from exportd.db.dsn import complete_dsn
+from exportd.db.connections import ConnectionPool, Connector, ServerConnection
 from exportd.errors import OperatorError
 
 log = structlog.get_logger()
@@ -28,8 +29,10 @@ Parameters = Mapping[str, object] | Sequence[object]
 # The server cancels a statement this much later than the client, so that a late event loop still sees its own
 # time limit first. The server's limit is for statements whose client has gone.
 _SERVER_GRACE_SECONDS = 1.0
-# How long a closing pool waits for running statements.
-_CLOSING_SECONDS = 5.0
+
+
+# The transaction stays open.
+_TAKE_LOCK = "BEGIN; SELECT pg_try_advisory_xact_lock(hashtextextended(%s, 0)) AS is_held"
 
 
 class DatabaseError(OperatorError):
@@ -42,11 +45,11 @@ class DatabaseUnavailable(DatabaseError):
 
 class DatabaseRefused(DatabaseError):
     """The database rejects a statement, or holds a value that cannot be read, until somebody changes that. It
-    may be read-only, or lack a table or a right."""
+    may lack a table or a right."""
 
 
-class ReadOnly(DatabaseRefused):
-    """The connection is to a server that accepts no writes, as before or after a failover."""
+class ReadOnly(DatabaseUnavailable):
+    """The server accepts no writes, as one that is not the primary yet, or no longer."""
 
 
 class ValueRefused(DatabaseRefused):
@@ -65,8 +68,16 @@ class PoolUse:
 class Database:
     """A pool of connections to one database. Made by ``open_database``."""
 
-    def __init__(self, pool: Any, statement_timeout_seconds: float) -> None:
+    def __init__(
+        self,
+        pool: ConnectionPool,
+        connector: Connector,
+        listener: Connector,
+        statement_timeout_seconds: float,
+    ) -> None:
         self._pool = pool
+        self._connector = connector
+        self._listener = listener
         self._statement_timeout_seconds = statement_timeout_seconds
 
     async def fetch_all(self, statement: str, parameters: Parameters = ()) -> list[Any]:
@@ -81,11 +92,9 @@ class Database:
             log.warning("database_connection_lost", error=_one_line(error))
             # A server that restarted has closed the idle connections too, and after a failover they are to a
             # server that accepts no writes. The retry gets a new one.
-            await self._pool.clear()
-        try:
+            self._pool.drop()
+        with _broken_is_unavailable():
             return await self._run(statement, parameters)
-        except (psycopg2.OperationalError, psycopg2.InterfaceError) as error:
-            raise DatabaseUnavailable(_one_line(error)) from error
 
     async def fetch_one(self, statement: str, parameters: Parameters = ()) -> Any | None:
         """As ``fetch_all``, for a statement that returns at most one row."""
@@ -103,66 +112,82 @@ class Database:
                 await session.fetch_all("SELECT")
             except DatabaseUnavailable:
                 # A server that restarted has closed the idle connections.
-                await self._pool.clear()
+                self._pool.drop()
                 with _broken_is_unavailable(), _translated():
                     connection = await stack.enter_async_context(self._pool.acquire())
                 session = Session(connection, self._statement_timeout_seconds)
             try:
                 yield session
             except ReadOnly:
-                # It would not be of use to the next caller either.
-                connection.close()
-                await self._pool.clear()
+                # Neither this connection nor the idle ones would be of use to the next caller.
+                self._pool.drop()
                 raise
 
     @contextlib.asynccontextmanager
     async def listening(self, channel: str) -> AsyncIterator[Callable[[float], Awaitable[None]]]:
-        """Listens on a channel while the block runs. Yields a function that waits for the next notification,
-        for a number of seconds at most. Both raise DatabaseUnavailable."""
-        async with self.session() as session:
-            await session.fetch_all(f'LISTEN "{channel}"')
-            try:
-                yield session.wait_for_notification
-            finally:
-                with contextlib.suppress(DatabaseUnavailable):
-                    await session.fetch_all("UNLISTEN *")
+        """Listens on a channel while the block runs, on a connection of its own. Yields a function that waits
+        for the next notification, for a number of seconds at most. Both raise DatabaseUnavailable.
+
+        A pooler that gives each transaction another session delivers no notifications. Then the function
+        waits for the whole time."""
+        with _broken_is_unavailable(), _translated():
+            connection = await self._listener.connect()
+        try:
+            session = Session(connection, self._statement_timeout_seconds)
+            if not connection.is_pooled:
+                await session.fetch_all(f'LISTEN "{channel}"')
+            yield session.wait_for_notification
+        finally:
+            connection.close()
+
+    @contextlib.asynccontextmanager
+    async def try_lock(self, name: str) -> AsyncIterator[bool]:
+        """Holds a lock in the whole database while the block runs. Yields False if somebody else holds it.
+
+        A transaction on a connection of its own holds it, because a pooler may run each transaction in
+        another session. Raises DatabaseUnavailable.
+        """
+        with _broken_is_unavailable(), _translated():
+            connection = await self._connector.connect()
+        try:
+            session = Session(connection, self._statement_timeout_seconds)
+            row = await session.fetch_one(_TAKE_LOCK, (name,))
+            assert row is not None
+            yield row.is_held
+        finally:
+            connection.close()
 
     @property
     def pool_use(self) -> PoolUse:
         """The pool's present use."""
-        idle = self._pool.freesize
-        return PoolUse(self._pool.size - idle, idle, self._pool.maxsize)
+        return PoolUse(self._pool.in_use, self._pool.idle, self._pool.max_size)
 
     async def close(self) -> None:
         """Closes idle connections immediately, and the others when their statement ends, or after a few
         seconds."""
-        self._pool.close()
-        try:
-            async with asyncio.timeout(_CLOSING_SECONDS):
-                await self._pool.wait_closed()
-        except TimeoutError:
-            self._pool.terminate()
+        await self._pool.close()
 
     async def _run(self, statement: str, parameters: Parameters) -> list[tuple[Any, ...]]:
         with _translated():
             async with self._pool.acquire() as connection:
-                return await _execute(connection, statement, parameters, self._statement_timeout_seconds)
+                return await _execute(
+                    connection, connection.prefix + statement, parameters, self._statement_timeout_seconds
+                )
 
 
 class Session:
-    """One connection, for transactions and session locks. Statements are not retried.
+    """One connection, for transactions. Statements are not retried. Made by ``Database.session``."""
 
-    Made by ``Database.session``.
-    """
-
-    def __init__(self, connection: Any, statement_timeout_seconds: float) -> None:
+    def __init__(self, connection: ServerConnection, statement_timeout_seconds: float) -> None:
         self._connection = connection
         self._statement_timeout_seconds = statement_timeout_seconds
+        self._is_in_transaction = False
 
     async def fetch_all(self, statement: str, parameters: Parameters = ()) -> list[Any]:
         """Runs one statement and returns its rows, as named tuples. Raises DatabaseError."""
-        with _broken_is_unavailable(), _translated():
-            return await _execute(self._connection, statement, parameters, self._statement_timeout_seconds)
+        if not self._is_in_transaction:
+            statement = self._connection.prefix + statement
+        return await self._execute(statement, parameters)
 
     async def fetch_one(self, statement: str, parameters: Parameters = ()) -> Any | None:
         """As ``fetch_all``, for a statement that returns at most one row."""
@@ -173,7 +198,7 @@ class Session:
         """Waits for a notification of what the connection listens to. Raises DatabaseUnavailable."""
         with _broken_is_unavailable(), _translated(), contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                await self._connection.notifies.get()
+                await self._connection.aiopg.notifies.get()
 
     @contextlib.asynccontextmanager
     async def transaction(self) -> AsyncIterator[None]:
@@ -183,33 +208,27 @@ class Session:
         """
         try:
             # Inside the try: a cancellation may arrive together with the answer.
-            await self.fetch_all("BEGIN")
+            await self._execute(f"BEGIN; {self._connection.prefix}")
+            self._is_in_transaction = True
             yield
         except BaseException:
             with contextlib.suppress(DatabaseUnavailable):
-                await self.fetch_all("ROLLBACK")
+                await self._execute("ROLLBACK")
             raise
-        await self.fetch_all("COMMIT")
-
-    @contextlib.asynccontextmanager
-    async def try_lock(self, name: str) -> AsyncIterator[bool]:
-        """Holds a session lock while the block runs. Yields False if another session holds it."""
-        row = await self.fetch_one("SELECT pg_try_advisory_lock(hashtextextended(%s, 0)) AS is_held", (name,))
-        assert row is not None
-        is_held: bool = row.is_held
-        try:
-            yield is_held
+        else:
+            await self._execute("COMMIT")
         finally:
-            if is_held:
-                # A closed connection has released it.
-                with contextlib.suppress(DatabaseUnavailable):
-                    await self.fetch_all("SELECT pg_advisory_unlock(hashtextextended(%s, 0))", (name,))
+            self._is_in_transaction = False
+
+    async def _execute(self, statement: str, parameters: Parameters = ()) -> list[Any]:
+        with _broken_is_unavailable(), _translated():
+            return await _execute(self._connection, statement, parameters, self._statement_timeout_seconds)
 
 
 async def _execute(
-    connection: Any, statement: str, parameters: Parameters, timeout_seconds: float
+    connection: ServerConnection, statement: str, parameters: Parameters, timeout_seconds: float
 ) -> list[Any]:
-    async with connection.cursor(cursor_factory=NamedTupleCursor) as cursor:
+    async with connection.aiopg.cursor(cursor_factory=NamedTupleCursor) as cursor:
         await cursor.execute(statement, parameters, timeout=timeout_seconds)
         return await cursor.fetchall() if cursor.description else []
 
@@ -278,39 +297,20 @@ async def open_database(
     pool_max_size: int,
     connect_timeout_seconds: float,
     statement_timeout_seconds: float,
+    direct_dsn: str | None = None,
 ) -> Database:
-    """Opens the pool. Raises DatabaseUnavailable."""
+    """Opens the pool. ``direct_dsn``: a way to the same database past a pooler, for notifications.
 
-    server_limit = int((statement_timeout_seconds + _SERVER_GRACE_SECONDS) * 1000)
+    Raises DatabaseUnavailable.
+    """
 
-    async def prepare(connection: Any) -> None:
-        # UTC, because an application's own table may hold times without a zone.
-        async with connection.cursor() as cursor:
-            await cursor.execute(
-                "SELECT set_config('TimeZone', 'UTC', false), set_config('statement_timeout', %s, false)",
-                (str(server_limit),),
-            )
-            # An abandoned statement must not hold its locks while it waits for other locks.
-            await cursor.execute(
-                "SELECT set_config('client_connection_check_interval', '250ms', false)"
-                " WHERE version() LIKE '%linux%'"
-            )
-
-    try:
-        pool = await aiopg.create_pool(
-            complete_dsn(dsn),
-            minsize=pool_min_size,
-            maxsize=pool_max_size,
-            timeout=connect_timeout_seconds,
-            enable_json=False,
-            enable_hstore=False,
-            enable_uuid=True,
-            on_connect=prepare,
-            fallback_application_name="exportd",
-        )
-    except (psycopg2.Error, TimeoutError) as error:
-        raise DatabaseUnavailable(_one_line(error)) from error
-    return Database(pool, statement_timeout_seconds)
+    server_limit = statement_timeout_seconds + _SERVER_GRACE_SECONDS
+    connector = Connector(dsn, connect_timeout_seconds, server_limit)
+    listener = Connector(direct_dsn, connect_timeout_seconds, server_limit) if direct_dsn else connector
+    pool = ConnectionPool(connector, pool_max_size, connect_timeout_seconds)
+    with _broken_is_unavailable():
+        await pool.open(pool_min_size)
+    return Database(pool, connector, listener, statement_timeout_seconds)
 
 
 def _one_line(error: BaseException) -> str:

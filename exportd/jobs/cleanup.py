@@ -1,6 +1,6 @@
 """The cleanup: deletes expired packages and old events, on a schedule.
 
-A session lock of the database lets one cleanup run at a time in the whole fleet. Each batch is a transaction.
+A lock of the database lets one cleanup run at a time in the whole fleet. Each batch is a transaction.
 For each package it changes the row, which shows that the row can be changed, then unlinks the file. A crash
 before the commit leaves rows whose files are missing, and the next run marks them as deleted. The cleanup
 keeps a package while a principal may still resume its download, or while another job has it.
@@ -103,7 +103,7 @@ class Cleanup:
             )
         if due_at is not None and await self._has_run_since(self.database, due_at):
             return None
-        async with self.database.session() as session, session.try_lock(_LOCK) as is_alone:
+        async with self.database.try_lock(_LOCK) as is_alone, self.database.session() as session:
             if not is_alone:
                 if due_at is None:
                     raise CleanupRefused("another cleanup is running")

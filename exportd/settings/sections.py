@@ -161,6 +161,8 @@ class DatabaseSettings(Section):
 
     dsn: OptionalSecret = None
     dsn_file: OptionalPath = None
+    direct_dsn: OptionalSecret = None
+    direct_dsn_file: OptionalPath = None
     pool_min_size: Annotated[int, Field(ge=0, le=1000)] = 1
     pool_max_size: Annotated[int, Field(ge=1, le=1000)] = 10
     connect_timeout_seconds: Seconds = 5.0
@@ -177,6 +179,10 @@ class DatabaseSettings(Section):
     def _one_dsn(self) -> Self:
         if self.dsn is not None and self.dsn_file is not None:
             raise ValueError("dsn and dsn_file must not both be given")
+        if self.direct_dsn is not None and self.direct_dsn_file is not None:
+            raise ValueError("direct_dsn and direct_dsn_file must not both be given")
+        if self.is_embedded and (self.direct_dsn is not None or self.direct_dsn_file is not None):
+            raise ValueError("direct_dsn needs dsn or dsn_file")
         return self
 
     @property
@@ -186,6 +192,12 @@ class DatabaseSettings(Section):
     def read_dsn(self) -> str | None:
         """Returns the libpq connection string, or None for the embedded database. Raises SettingsError."""
         return self.dsn.get_secret_value() if self.dsn else _read_file(self.dsn_file, "database.dsn_file")
+
+    def read_direct_dsn(self) -> str | None:
+        """Returns the connection string past a pooler, or None. Raises SettingsError."""
+        if self.direct_dsn:
+            return self.direct_dsn.get_secret_value()
+        return _read_file(self.direct_dsn_file, "database.direct_dsn_file")
 
 
 class StorageSettings(Section):

@@ -19,6 +19,7 @@ from exportd.counting.ledger import DownloadLedger, open_ledger
 from exportd.counting.record import record_downloads
 from exportd.counting.running import write_running
 from exportd.counting.spool import Spool
+from exportd.db.connections import FIRST_TIME, LAST_TIME
 from exportd.db.jobs import CompletedJob, JobFinder, record_completed_job
 from exportd.db.migrate import migrate_up
 from exportd.db.pool import Database, DatabaseUnavailable, open_database
@@ -635,16 +636,22 @@ async def test_a_long_delivery_is_written_while_it_runs(
     assert await count(database, job_id) == 0
 
 
-async def test_a_job_that_cannot_be_read_costs_no_other_look_up(database: Database, dsn: str) -> None:
-    good, _ = await completed_job(database)
-    bad, _ = await completed_job(database)
-    # Beyond what Python's datetime can hold.
-    query(dsn, "UPDATE export_jobs SET completed_at = '20000-01-01' WHERE job_id = %s", (str(bad),))
+async def test_times_beyond_pythons_are_the_last_or_the_first(database: Database, dsn: str) -> None:
+    jobs = {}
+    for time in (
+        "10000-01-01",
+        "275760-09-13",
+        "infinity",
+        "-infinity",
+        "0044-03-15 BC",
+        "9999-12-31 23:00 -05",
+    ):
+        job_id, _ = await completed_job(database)
+        query(dsn, "UPDATE export_jobs SET completed_at = %s WHERE job_id = %s", (time, str(job_id)))
+        jobs[job_id] = FIRST_TIME if time.startswith(("-", "0044")) else LAST_TIME
     finder = JobFinder(database)
-    results = await asyncio.gather(
-        *(finder.find_job(job_id) for job_id in [good, bad, good, bad, good]), return_exceptions=True
-    )
-    assert [type(result).__name__ for result in results] == ["Job", "ValueRefused"] * 2 + ["Job"]
+    found = await asyncio.gather(*(finder.find_job(job_id) for job_id in jobs))
+    assert [job.completed_at for job in found if job] == list(jobs.values())
 
 
 async def test_a_delivery_of_a_large_package_is_written_when_it_starts(
