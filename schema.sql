@@ -73,11 +73,10 @@ CREATE INDEX exportd_jobs_to_pack ON export_jobs (created_at, job_id)
 
 CREATE INDEX exportd_jobs_re_exports ON export_jobs (re_export_of) WHERE re_export_of IS NOT NULL;
 
--- Sets the expiry when a job is completed. UTC, because the table may hold times without a zone. A package whose expiry
--- cannot be computed, or does not fit the column, never expires.
+-- Sets the expiry when a job is completed, in the zone of the session that completes it. A package whose expiry cannot be
+-- computed, or does not fit the column, never expires.
 CREATE FUNCTION exportd_set_package_expiry() RETURNS trigger
     LANGUAGE plpgsql
-    SET timezone = 'UTC'
     AS $$
 DECLARE
     given CONSTANT record := NEW;
@@ -104,6 +103,19 @@ CREATE TRIGGER exportd_expiry_at_completion BEFORE UPDATE OF status, package_pat
     FOR EACH ROW
     WHEN (OLD.package_path IS NULL OR OLD.status::text <> 'completed')
     EXECUTE FUNCTION exportd_set_package_expiry();
+
+-- A column of the type json may hold escapes that no text can.
+CREATE FUNCTION exportd_tool_name(tool_data json) RETURNS text
+    LANGUAGE plpgsql IMMUTABLE
+    AS $$
+BEGIN
+    RETURN coalesce(tool_data ->> 'name', tool_data ->> 'toolName', '');
+EXCEPTION WHEN OTHERS THEN
+    RETURN '';
+END
+$$;
+
+COMMENT ON FUNCTION exportd_tool_name(json) IS 'exportd: the name in tool_data; empty if it cannot be read';
 
 -- One row for each delivery that has ended. No foreign key: the history outlives a job that the application deletes.
 CREATE TABLE download_events (

@@ -14,13 +14,14 @@ from exportd.auth.jwks import RemoteKeys
 from exportd.auth.tokens import make_tokens
 from exportd.counting.ledger import open_ledger
 from exportd.db.expiry import last_cleanup
-from exportd.db.jobs import JobFinder
+from exportd.db.jobs import JobFinder, has_uuid_users
 from exportd.db.pool import Database, open_database
 from exportd.delivery.fair_share import FairShare
 from exportd.delivery.response import Sender
 from exportd.domain.delivery import Method
 from exportd.jobs.cleanup import Cleanup, CleanupSummary, claim_storage, on_schedule
 from exportd.jobs.hub import JobHub
+from exportd.jobs.verify import SuspectPackages
 from exportd.limits.board import Board
 from exportd.limits.limiter import Limit, Limiter
 from exportd.limits.memory import SharedMemory, make_shared_memory
@@ -101,6 +102,8 @@ async def _services(
             metrics_from=[ip_network(network) for network in settings.server.metrics_from],
             database=database,
             jobs=JobFinder(database),
+            has_uuid_users=await has_uuid_users(database),
+            suspects=SuspectPackages(database, storage),
             storage=storage,
             ledger=ledger,
             hub=JobHub(database, ledger),
@@ -113,6 +116,7 @@ async def _services(
         await stack.enter_async_context(_cleanup_on_schedule(services))
         await stack.enter_async_context(measured(services))
         await stack.enter_async_context(_running(services.hub.run()))
+        await stack.enter_async_context(_running(services.suspects.run()))
         if fair_share is not None:
             await stack.enter_async_context(_running(fair_share.run()))
         if remote is not None:

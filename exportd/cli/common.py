@@ -84,14 +84,33 @@ def migrated_database(settings: Settings) -> Iterator[str]:
     Migrates the embedded database. Only `exportd migrate up` migrates an external one, which belongs to an
     application. Raises OperatorError.
     """
-    from exportd.db.migrate import MigrationError, migrate_up, migration_status
+    from exportd.db.migrate import MigrationError, check_not_replaced, migrate_up, migration_status
 
     with running_database(settings) as dsn:
         if settings.database.is_embedded:
             migrate_up(dsn)
         elif not all(migration.is_applied for migration in migration_status(dsn)):
             raise MigrationError("the database's schema is not up to date: run `exportd migrate up`")
+        else:
+            check_not_replaced(dsn)
         yield dsn
+
+
+def check_external_table(settings: Settings, dsn: str) -> None:
+    """Raises OperatorError if exportd cannot use an application's table. Does not check it while no server
+    accepts writes."""
+    import structlog
+
+    from exportd.db.connections import DatabaseNotReachable
+    from exportd.db.migrate import check_table
+
+    if settings.database.is_embedded:
+        return
+    log = structlog.get_logger()
+    try:
+        check_table(dsn, is_migrating=False)
+    except DatabaseNotReachable as error:
+        log.warning("table_not_checked", error=str(error))
 
 
 @contextlib.contextmanager

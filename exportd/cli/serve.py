@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from exportd.cli.common import config_option, connected, log_to_stdout, migrated_database
+from exportd.cli.common import (
+    check_external_table,
+    config_option,
+    connected,
+    log_to_stdout,
+    migrated_database,
+)
 
 if TYPE_CHECKING:
     import uuid
@@ -62,6 +68,7 @@ def serve(config_file: Path | None, host: str | None, port: int | None, workers:
     # Made before processes are forked, because they share it.
     memory = make_shared_memory(settings.server.workers)
     with migrated_database(settings) as dsn:
+        check_external_table(settings, dsn)
 
         def make(shared_metrics: SharedMetrics | None) -> web.Application:
             return make_app(present_settings(), dsn, memory, shared_metrics)

@@ -12,7 +12,7 @@ import psycopg2
 from exportd.db.connections import WITHOUT_LIMITS, connect_blocking
 
 _TEXT = ("text", "character varying")
-_NUMBER = ("bigint", "integer", "smallint", "numeric")
+_NUMBER = ("bigint", "integer", "smallint")
 _TIME = ("timestamp with time zone", "timestamp without time zone")
 
 
@@ -50,6 +50,8 @@ COLUMNS = {
     "packer_id": _Use(("uuid",), is_nulled=True),
     "packer_seen_at": _Use(_TIME, is_nulled=True),
 }
+
+_TRIGGERS = ("exportd_expiry_of_new_jobs", "exportd_expiry_at_completion")
 
 _FIND_TABLE = """
 SELECT pg_class.oid, relkind::text, nspname, row_security_active(pg_class.oid), current_user,
@@ -146,6 +148,25 @@ def find_problems(dsn: str, *, is_migrating: bool) -> list[str]:
         if not problems and "status" in names:
             problems += _problems_of_rows(cursor, names)
         return problems
+
+
+_LIST_OWN = """
+SELECT attname FROM pg_attribute WHERE attrelid = 'export_jobs'::regclass AND attnum > 0 AND NOT attisdropped
+UNION ALL
+SELECT tgname FROM pg_trigger WHERE tgrelid = 'export_jobs'::regclass
+"""
+
+
+def find_missing(dsn: str) -> list[str]:
+    """Returns the columns and triggers that ``migrate up`` made and that the table lacks now, as after it was
+    replaced by another. Raises psycopg2.Error."""
+    with (
+        contextlib.closing(connect_blocking(dsn, is_writing=False)) as connection,
+        connection.cursor() as cursor,
+    ):
+        cursor.execute(_LIST_OWN)
+        present = {name for (name,) in cursor.fetchall()}
+    return [name for name in (*COLUMNS, *_TRIGGERS) if name not in present]
 
 
 def _find_elsewhere(cursor: Any) -> list[str]:

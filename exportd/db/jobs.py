@@ -19,12 +19,20 @@ _LOOK_UPS_AT_ONCE = 2
 # A SHA-256 is 64 hexadecimal digits, in any case. Any other text is as if there were none.
 PACKAGE_SHA256 = "CASE WHEN package_sha256::text ~* '^[0-9a-f]{64}$' THEN lower(package_sha256::text) END"
 
+# Only a column of the type json may hold an escape that fails as text.
+_TOOL_NAME = """
+CASE
+    WHEN pg_typeof(tool_data) = 'json'::regtype THEN exportd_tool_name(tool_data::json)
+    ELSE coalesce(tool_data ->> 'name', tool_data ->> 'toolName', '')
+END
+"""
+
 # The fields of ``Job``.
 JOB_COLUMNS = f"""
        job_id,
-       user_id::text,
+       coalesce(user_id::text, '') AS user_id,
        status::text,
-       coalesce(tool_data ->> 'name', tool_data ->> 'toolName', '') AS tool_name,
+       {_TOOL_NAME} AS tool_name,
        completed_at::timestamptz,
        package_path::text,
        package_size_bytes::bigint,
@@ -46,7 +54,7 @@ SELECT CASE
            ELSE 'available'
        END AS state,
        count(*) AS jobs,
-       coalesce(sum(package_size_bytes::bigint), 0)::bigint AS size_bytes
+       least(coalesce(sum(package_size_bytes), 0), 9223372036854775807)::bigint AS size_bytes
   FROM export_jobs
  GROUP BY 1
 """
@@ -74,6 +82,19 @@ UNION ALL
 SELECT package_expires_at::timestamptz FROM export_jobs WHERE job_id = %(job_id)s
 LIMIT 1
 """
+
+
+_HAS_UUID_USERS = """
+SELECT atttypid = 'uuid'::regtype AS is_uuid
+  FROM pg_attribute
+ WHERE attrelid = 'export_jobs'::regclass AND attname = 'user_id'
+"""
+
+
+async def has_uuid_users(database: Database) -> bool:
+    """Whether the creators' ids are UUIDs, which may be written in several ways. Raises DatabaseError."""
+    row = await database.fetch_one(_HAS_UUID_USERS)
+    return row is not None and bool(row.is_uuid)
 
 
 class JobFinder:

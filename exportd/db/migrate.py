@@ -19,8 +19,9 @@ import yoyo
 from yoyo.backends.core.postgresql import PostgresqlBackend
 from yoyo.connections import DatabaseURI
 
-from exportd.db.adoption import find_problems
+from exportd.db.adoption import find_missing, find_problems
 from exportd.db.connections import WITHOUT_LIMITS, DatabaseNotReachable, connect_blocking
+from exportd.db.indexes import build_indexes
 from exportd.errors import OperatorError
 
 log = structlog.get_logger()
@@ -34,6 +35,8 @@ _ADVISORY_LOCK = 0x6578706F72746400  # "exportd" in ASCII
 _LOCK_TIMEOUT_SECONDS = 0.5
 _LOCK_PAUSE_SECONDS = 1.0
 _MAX_LOCK_SECONDS = 60.0
+# The pause between two tries to take exportd's own lock.
+_LOCK_TRY_SECONDS = 0.1
 
 
 class MigrationError(OperatorError):
@@ -102,6 +105,22 @@ def migration_status(dsn: str) -> list[MigrationState]:
     return [MigrationState(item.id, item.hash in applied) for item in yoyo.read_migrations(str(_FOLDER))]
 
 
+def check_not_replaced(dsn: str) -> None:
+    """Raises MigrationError if the table ``export_jobs`` was replaced since it was migrated. Also raises
+    DatabaseNotReachable."""
+    try:
+        missing = find_missing(dsn)
+    except psycopg2.OperationalError as error:
+        raise DatabaseNotReachable(" ".join(str(error).split())) from error
+    except psycopg2.Error as error:
+        raise _translate(error) from error
+    if missing:
+        raise MigrationError(
+            f"export_jobs was replaced since it was migrated, and lacks {', '.join(missing)}: "
+            "run `exportd migrate up`"
+        )
+
+
 def check_table(dsn: str, *, is_migrating: bool) -> None:
     """Raises MigrationError if exportd cannot use the table ``export_jobs``, with a line for each problem.
 
@@ -123,16 +142,24 @@ def migrate_up(dsn: str) -> list[str]:
 
     Raises DatabaseNotReachable and MigrationError.
     """
-    before = {item.name for item in migration_status(dsn) if item.is_applied}
-    check_table(dsn, is_migrating=len(before) < len(migration_status(dsn)))
+    states = migration_status(dsn)
+    is_complete = all(state.is_applied for state in states)
+    is_replaced = is_complete and bool(find_missing(dsn))
+    check_table(dsn, is_migrating=is_replaced or not is_complete)
     deadline = time.monotonic() + _MAX_LOCK_SECONDS
     applied: list[str] = []
     while True:
         try:
             with _locked_backend(dsn) as backend:
+                if is_replaced:
+                    # Every migration can run again.
+                    with backend.transaction():
+                        backend.execute(f"DELETE FROM {_TABLE}")  # noqa: S608  # our own name
+                    is_replaced = False
                 for item in backend.to_apply(yoyo.read_migrations(str(_FOLDER))):
                     backend.apply_one(item)
                     applied.append(item.id)
+                build_indexes(dsn)
             return applied
         except _Locked as error:
             # Each migration is a transaction of its own, and has released its locks.
@@ -168,14 +195,25 @@ def _locked_backend(dsn: str) -> Iterator[_Backend]:
         except psycopg2.Error as error:
             raise DatabaseNotReachable(" ".join(str(error).split())) from error
         try:
-            with holder.cursor() as cursor:
-                cursor.execute(f"{WITHOUT_LIMITS}SELECT pg_advisory_xact_lock({_ADVISORY_LOCK})")
+            _take_lock(holder)
             backend.init_database()
             yield backend
         except psycopg2.errors.LockNotAvailable as error:
             raise _Locked(f"the table export_jobs is locked by {_find_blockers(dsn)}") from error
         except psycopg2.Error as error:
             raise _translate(error) from error
+
+
+def _take_lock(holder: Any) -> None:
+    """Begins a transaction with the lock. Asks again and again: the snapshot of a statement that waits would
+    hold up the process that has the lock while it builds an index."""
+    with holder.cursor() as cursor:
+        while True:
+            cursor.execute(f"{WITHOUT_LIMITS}SELECT pg_try_advisory_xact_lock({_ADVISORY_LOCK})")
+            if cursor.fetchone() == (True,):
+                return
+            holder.rollback()
+            time.sleep(_LOCK_TRY_SECONDS)
 
 
 def _find_blockers(dsn: str) -> str:

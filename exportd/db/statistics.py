@@ -13,7 +13,7 @@ from exportd.domain.statistics import DeliverySummary, DownloadStatistics, Failu
 _RECENT_EVENTS = 20
 
 _FIND_JOB = """
-SELECT user_id::text,
+SELECT coalesce(user_id::text, '') AS user_id,
        coalesce(download_count, 0)::bigint AS download_count,
        last_downloaded_at::timestamptz,
        coalesce(bytes_served, 0)::bigint AS bytes_served
@@ -23,9 +23,9 @@ SELECT user_id::text,
 
 _SUM_JOBS = """
 SELECT NULL::text AS user_id,
-       coalesce(sum(download_count), 0)::bigint AS download_count,
+       least(coalesce(sum(download_count), 0), 9223372036854775807)::bigint AS download_count,
        max(last_downloaded_at)::timestamptz AS last_downloaded_at,
-       coalesce(sum(bytes_served), 0)::bigint AS bytes_served
+       least(coalesce(sum(bytes_served), 0), 9223372036854775807)::bigint AS bytes_served
   FROM export_jobs
 """
 

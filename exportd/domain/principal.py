@@ -1,7 +1,8 @@
 """The authenticated caller."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from uuid import UUID
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,3 +16,10 @@ class Principal:
     is_admin: bool
     expires_at: float = field(default=math.inf, compare=False)
     by_link: bool = False
+
+    def with_uuid(self) -> "Principal":
+        """The same user, whose id is written as PostgreSQL writes a UUID, if it is one."""
+        try:
+            return replace(self, user_id=str(UUID(self.user_id)))
+        except ValueError:
+            return self

@@ -26,6 +26,7 @@ from exportd.db.expiry import (
     FIRST_ID,
     ExpiredPackage,
     database_clock,
+    hides_rows,
     is_shared,
     last_cleanup,
     list_odd_paths,
@@ -222,23 +223,39 @@ async def find_orphans(
     # List the files before the jobs: a package that is published in between is either not listed, or its job
     # is found.
     found = await asyncio.to_thread(list_old)
+    doubt = await _drop_recorded(database, store, found)
+    orphans = Orphans(len(found), sum(found.values()), 0, sorted(found)[:_MAX_NAMES])
+    if not remove:
+        return orphans
+    if doubt is not None:
+        raise CleanupRefused(doubt)
+    for name in found:
+        try:
+            await asyncio.to_thread(store.remove, name)
+        except (PackageMissing, PackageUnusable) as error:
+            log.error("orphan_not_removed", name=name, reason=str(error))
+        else:
+            orphans.removed += 1
+    log.info("orphans_removed", count=orphans.removed, failed=orphans.count - orphans.removed)
+    return orphans
+
+
+async def _drop_recorded(database: Database, store: PackageStore, found: dict[str, int]) -> str | None:
+    """Drops the files that a job points to. Returns why the others may be packages all the same, or None."""
+    doubt = None
+    if await hides_rows(database):
+        doubt = "row level security hides jobs from this role, and their packages would look like orphans"
     after = FIRST_ID
     while rows := await list_package_paths(database, after):
         after = rows[-1][0]
-        for _, path in rows:
+        for job_id, path in rows:
             if (name := store.name_of(path)) is not None:
                 found.pop(name, None)
-    orphans = Orphans(len(found), sum(found.values()), 0, sorted(found)[:_MAX_NAMES])
-    if remove:
-        for name in found:
-            try:
-                await asyncio.to_thread(store.remove, name)
-            except (PackageMissing, PackageUnusable) as error:
-                log.error("orphan_not_removed", name=name, reason=str(error))
-            else:
-                orphans.removed += 1
-        log.info("orphans_removed", count=orphans.removed, failed=orphans.count - orphans.removed)
-    return orphans
+            elif path.startswith("/"):
+                doubt = f"job {job_id} has its package at {path}, outside {store.root}: has the root moved?"
+    if found and after == FIRST_ID:
+        doubt = "no job has a package: is this the right database?"
+    return doubt
 
 
 async def claim_storage(database: Database, store: PackageStore) -> None:

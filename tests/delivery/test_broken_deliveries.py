@@ -164,6 +164,7 @@ async def test_a_file_that_is_written_to_ends_the_connection_short(
         spoil(package.file)
         received = await asyncio.wait_for(read_to_end(connection), 30)
         await until_idle(client)
+        await until("the verification", lambda: [line for line in logs if line["event"] == "package_damaged"])
     connection.close()
     assert len(body_of(received)) < SIZE
     assert package.content.startswith(body_of(received))
@@ -178,6 +179,21 @@ async def test_a_file_that_is_written_to_ends_the_connection_short(
     async with client.get(package.url, headers=ANN) as response:
         assert (response.status, (await response.json())["code"]) == (500, "STORAGE_ERROR")
     query(jobs.dsn, "UPDATE export_jobs SET package_suspect_since = NULL")
+    async with client.get(package.url, headers=ANN) as response:
+        assert await response.read() == package.content
+
+
+@pytest.mark.usefixtures("sender")
+async def test_a_package_of_which_only_the_time_changed_is_served_again(client: Client, jobs: Jobs) -> None:
+    package = jobs.add(noise(SIZE))
+    connection = await connect(client)
+    await asyncio.get_running_loop().sock_sendall(connection, request_bytes(package))
+    await until("the first bytes", lambda: descriptors_on(package.file) == 1)
+    with structlog.testing.capture_logs() as logs:
+        os.utime(package.file)
+        assert len(body_of(await asyncio.wait_for(read_to_end(connection), 30))) < SIZE
+        await until("the verification", lambda: [line for line in logs if line["event"] == "package_cleared"])
+    connection.close()
     async with client.get(package.url, headers=ANN) as response:
         assert await response.read() == package.content
 

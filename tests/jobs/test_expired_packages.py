@@ -10,18 +10,20 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import psycopg2
 import pytest
 import structlog
 
 from exportd.counting.record import record_downloads
 from exportd.counting.running import write_running
-from exportd.db.pool import Database
+from exportd.db.pool import Database, open_database
 from exportd.http.validators import http_date
 from exportd.jobs import cleanup as cleanup_module
 from exportd.jobs.cleanup import Cleanup, CleanupRefused, claim_storage, find_orphans
 from exportd.storage.files import PackageStore
 from tests.archive.test_pack import drafted
 from tests.counting.test_ledger import event, part
+from tests.db.test_pool import OPTIONS
 from tests.support.application import ADMIN, ANN, Jobs, Package, Start, noise, until_idle
 from tests.support.postgres import query
 
@@ -559,3 +561,49 @@ async def test_orphans_are_found_and_removed_only_when_old(
     assert (root / "abs").exists()
     assert kept[0].file.exists()
     assert (root / ".incoming" / "draft.part").exists()
+
+
+async def test_no_orphan_is_removed_where_a_job_may_have_it(
+    cleanup: Cleanup, database: Database, jobs: Jobs, tmp_path: Path
+) -> None:
+    root = cleanup.store.root
+    lost = root / "lost.tar.gz"
+    lost.touch()
+    with pytest.raises(CleanupRefused, match="is this the right database"):
+        await find_orphans(database, cleanup.store, -1, remove=True)
+    package = jobs.add(package_path="/another/name/of/the/root/p.tar.gz")
+    with pytest.raises(CleanupRefused, match=f"job {package.job_id} has its package at /another/name"):
+        await find_orphans(database, cleanup.store, -1, remove=True)
+    # A root that is a symbolic link is known by both names.
+    (tmp_path / "link").symlink_to(root)
+    store = PackageStore(tmp_path / "link")
+    for folder in (root, store.root):
+        query(jobs.dsn, "UPDATE export_jobs SET package_path = %s", (f"{folder}/{package.file.name}",))
+        assert (await find_orphans(database, store, -1, remove=False)).names == [lost.name]
+        os.close(store.open(f"{folder}/{package.file.name}", None).descriptor)
+    assert lost.exists()
+
+
+@pytest.mark.fresh_database
+async def test_no_orphan_is_removed_by_a_role_that_may_not_see_every_job(
+    cleanup: Cleanup, jobs: Jobs
+) -> None:
+    package = jobs.add()
+    role = f"hidden_{uuid.uuid4().hex}"
+    query(
+        jobs.dsn,
+        f"CREATE ROLE {role} LOGIN; GRANT SELECT ON export_jobs TO {role};"
+        "ALTER TABLE export_jobs ENABLE ROW LEVEL SECURITY;"
+        "CREATE POLICY own ON export_jobs USING (user_id = 'nobody')",
+    )
+    try:
+        restricted = await open_database(
+            psycopg2.extensions.make_dsn(jobs.dsn, user=role),
+            **OPTIONS,  # type: ignore[arg-type]
+        )
+        with pytest.raises(CleanupRefused):
+            await find_orphans(restricted, cleanup.store, -1, remove=True)
+        await restricted.close()
+    finally:
+        query(jobs.dsn, f"DROP OWNED BY {role}; DROP ROLE {role}")
+    assert package.file.exists()

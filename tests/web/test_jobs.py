@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from exportd.web.edge.errors import InvalidParameter
 from exportd.web.jobs.list import _parse_cursor
-from tests.support.application import ADMIN, ANN, BASE, EVE, Jobs, Start
+from tests.support.application import ADMIN, ANN, BASE, EVE, Jobs, Start, bearer, until_idle
 from tests.support.postgres import query
 
 LONG_AGO = datetime.now(UTC) - timedelta(days=3)
@@ -337,3 +337,34 @@ async def test_an_applications_table_that_refuses_the_row_is_told_so(start: Star
     status, body, _ = await again(client, package.job_id)
     assert (status, body["code"]) == (501, "RE_EXPORT_UNSUPPORTED")
     assert "tenant" not in str(body)
+
+
+@pytest.mark.fresh_database
+async def test_users_of_a_uuid_column_are_compared_as_uuids(start: Start, jobs: Jobs) -> None:
+    user = "ABCDEF01-2345-6789-ABCD-EF0123456789"
+    query(jobs.dsn, "ALTER TABLE export_jobs ALTER COLUMN user_id TYPE uuid USING user_id::uuid")
+    package = jobs.add(user_id=user)
+    client = await start()
+    for spelling in (user, user.lower(), user.replace("-", ""), f"{{{user}}}"):
+        headers = bearer(spelling)
+        async with client.get(package.url, headers=headers) as response:
+            assert response.status == 200
+            await response.read()
+        async with client.get(BASE, headers=headers) as response:
+            assert len((await response.json())["jobs"]) == 1
+    await until_idle(client)
+    assert jobs.counts(package)[0] == 4
+    async with client.get(package.url, headers=bearer(user[:-1] + "8")) as response:
+        assert response.status == 403
+
+
+@pytest.mark.fresh_database
+async def test_a_job_without_a_user_is_an_admins(start: Start, jobs: Jobs) -> None:
+    query(jobs.dsn, "ALTER TABLE export_jobs ALTER COLUMN user_id DROP NOT NULL")
+    package = jobs.add(user_id=None)
+    client = await start()
+    for path in (package.url, package.stats_url, package.url.removesuffix("/download"), BASE):
+        async with client.get(path, headers=bearer("root", "admin")) as response:
+            assert response.status == 200
+        async with client.get(path, headers=ANN) as response:
+            assert response.status == (200 if path == BASE else 403)

@@ -45,22 +45,6 @@ BEGIN
 END
 $$;
 
-CREATE INDEX IF NOT EXISTS exportd_jobs_by_user ON export_jobs (user_id, created_at, job_id);
-
-CREATE INDEX IF NOT EXISTS exportd_jobs_by_time ON export_jobs (created_at, job_id);
-
-CREATE INDEX IF NOT EXISTS exportd_jobs_by_status ON export_jobs (status, created_at, job_id);
-
-CREATE INDEX IF NOT EXISTS exportd_jobs_to_expire ON export_jobs (package_expires_at, job_id)
-    WHERE package_path IS NOT NULL;
-
-CREATE INDEX IF NOT EXISTS exportd_jobs_by_path ON export_jobs (package_path) WHERE package_path IS NOT NULL;
-
-CREATE INDEX IF NOT EXISTS exportd_jobs_to_pack ON export_jobs (created_at, job_id)
-    WHERE pack_source IS NOT NULL AND completed_at IS NULL;
-
-CREATE INDEX IF NOT EXISTS exportd_jobs_re_exports ON export_jobs (re_export_of) WHERE re_export_of IS NOT NULL;
-
 -- Sets the expiry when a job is completed. UTC, because the table may hold times without a zone.
 CREATE OR REPLACE FUNCTION exportd_set_package_expiry() RETURNS trigger
     LANGUAGE plpgsql

@@ -10,3 +10,5 @@ BEGIN
     RETURN NEW;
 END
 $$;
+
+DROP FUNCTION IF EXISTS exportd_tool_name(json);

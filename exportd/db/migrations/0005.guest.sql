@@ -1,11 +1,10 @@
 -- A trigger of exportd never makes a statement of the application fail.
 -- depends: 0004.counting
 
--- Sets the expiry when a job is completed. UTC, because the table may hold times without a zone. A package whose expiry
--- cannot be computed, or does not fit the column, never expires.
+-- Sets the expiry when a job is completed, in the zone of the session that completes it. A package whose expiry cannot be
+-- computed, or does not fit the column, never expires.
 CREATE OR REPLACE FUNCTION exportd_set_package_expiry() RETURNS trigger
     LANGUAGE plpgsql
-    SET timezone = 'UTC'
     AS $$
 DECLARE
     given CONSTANT record := NEW;
@@ -20,3 +19,16 @@ EXCEPTION WHEN OTHERS THEN
     RETURN given;
 END
 $$;
+
+-- A column of the type json may hold escapes that no text can.
+CREATE OR REPLACE FUNCTION exportd_tool_name(tool_data json) RETURNS text
+    LANGUAGE plpgsql IMMUTABLE
+    AS $$
+BEGIN
+    RETURN coalesce(tool_data ->> 'name', tool_data ->> 'toolName', '');
+EXCEPTION WHEN OTHERS THEN
+    RETURN '';
+END
+$$;
+
+COMMENT ON FUNCTION exportd_tool_name(json) IS 'exportd: the name in tool_data; empty if it cannot be read';

@@ -4,6 +4,7 @@ It reads in the order of a download: authenticate, find the job, check permissio
 record.
 """
 
+import asyncio
 from datetime import UTC, datetime
 
 from aiohttp import web
@@ -12,7 +13,7 @@ from exportd.db.links import mark_begun
 from exportd.domain.job import Job
 from exportd.http.body import frame_body
 from exportd.http.plan import Representation, RequestFields, plan_response
-from exportd.http.validators import entity_tag, identity_tag, last_modified
+from exportd.http.validators import entity_tag, last_modified, sample_tag
 from exportd.storage.files import OpenPackage
 from exportd.web.downloads.admission import check_link, check_permission, open_package
 from exportd.web.downloads.headers import caching_headers, package_headers, sunset_header
@@ -46,7 +47,7 @@ async def download_package(request: web.Request) -> web.StreamResponse:
     if link is not None:
         too_late = await check_link(request, link, principal, job) or too_late
     with open_package(request, job) as package:
-        representation = _describe(job, package)
+        representation = await _describe(job, package)
         plan = plan_response(
             request.method, _request_fields(request), representation, settings.download.max_ranges
         )
@@ -71,9 +72,9 @@ async def download_package(request: web.Request) -> web.StreamResponse:
         return await RecordedDelivery(request, principal, job, package, plan).send(response, body.segments)
 
 
-def _describe(job: Job, package: OpenPackage) -> Representation:
+async def _describe(job: Job, package: OpenPackage) -> Representation:
     if job.package_sha256 is None:
-        etag = identity_tag(package.device, package.inode, package.size_bytes, package.modified_ns)
+        etag = sample_tag(package.size_bytes, await asyncio.to_thread(package.sample))
     else:
         etag = entity_tag(job.package_sha256)
     modified = job.completed_at or datetime.fromtimestamp(package.modified_ns // 10**9, UTC)

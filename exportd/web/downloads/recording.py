@@ -58,6 +58,8 @@ class RecordedDelivery:
                 recording = ledger.record(event)
             try:
                 await _wait_for_record(recording, event)
+                if event.outcome is Outcome.CHANGED:
+                    self._services.suspects.add(event.job_id)
             finally:
                 self._log_end(delivery, event)
             if delivery.reason == "shutdown":

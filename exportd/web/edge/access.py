@@ -55,6 +55,8 @@ async def authenticate(request: web.Request) -> Principal:
         if request.app[SERVICES].limiter.may_log("identity provider", ""):
             log.error("identity_provider_unavailable", error=str(error))
         raise IdentityProviderUnavailable from error
+    if request.app[SERVICES].has_uuid_users:
+        principal = principal.with_uuid()
     structlog.contextvars.bind_contextvars(user_id=principal.user_id)
     request.app[SERVICES].limiter.check_user(principal)
     return principal
