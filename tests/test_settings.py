@@ -143,6 +143,10 @@ def test_missing_or_unreadable_file_is_named(tmp_path: Path) -> None:
 def test_variables_of_a_kubernetes_service_of_our_name_are_ignored() -> None:
     environ = {"EXPORTD_PORT": "tcp://10.0.0.1:80", "EXPORTD_SERVICE_HOST": "10.0.0.1"}
     assert load_settings(NOTHING, environ) == load_settings(NOTHING, {})
+    environ = {"EXPORTD_SERVER_PORT": "tcp://10.0.0.1:80", "EXPORTD_SERVER_SERVICE_HOST": "10.0.0.1"}
+    assert load_settings(NOTHING, environ) == load_settings(NOTHING, {})
+    with pytest.raises(SettingsError, match="did you mean EXPORTD_SERVER__PORT"):
+        load_settings(NOTHING, {"EXPORTD_SERVER_PORT": "80"})
 
 
 def test_settings_cannot_be_changed() -> None:

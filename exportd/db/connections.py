@@ -241,13 +241,18 @@ class Connector:
                 raw = _Connection(make_dsn(**fields), 1)
                 try:
                     await raw.start()
-                    # The connection is there, so this does not wait.
-                    connection = await _AiopgConnection(
-                        None, seconds, enable_hstore=False, connection_factory=lambda *_: raw
-                    )
-                    return await self._look(connection)
                 except BaseException:
                     raw.close()
+                    raise
+                connection = _AiopgConnection(
+                    None, seconds, enable_hstore=False, connection_factory=lambda *_: raw
+                )
+                try:
+                    # The connection is there, so aiopg does not wait.
+                    await connection
+                    return await self._look(connection)
+                except BaseException:
+                    connection.close()
                     raise
         except TimeoutError:
             raise ConnectFailed(f"{server}: no answer in time") from None

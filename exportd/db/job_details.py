@@ -26,9 +26,11 @@ SELECT {JOB_COLUMNS},
   FROM export_jobs AS job
 """  # noqa: S608  # constants only
 FIND_JOBS = _SELECT + " WHERE job_id = ANY (%s::uuid[])"
-# In an application's own table a job may lack its time of creation. Such a job is not listed.
+# In an application's own table a job may lack its time of creation, or have one that Python cannot represent:
+# then no page could follow it. Such a job is not listed.
 _PAGE = """
    AND (job.created_at, job.job_id) < (%(created_at)s, %(job_id)s)
+   AND job.created_at > '0002-01-01'
  ORDER BY job.created_at DESC, job.job_id DESC
  LIMIT %(limit)s
 """

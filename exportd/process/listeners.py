@@ -1,6 +1,7 @@
 """Listening sockets, TLS, and the number of connections that a process can hold."""
 
 import asyncio
+import errno
 import os
 import resource
 import socket
@@ -21,14 +22,25 @@ class ServerError(OperatorError):
 
 
 def listen(settings: ServerSettings) -> list[socket.socket]:
-    """Opens a listening socket for each address of the host, all on one port. Raises ServerError."""
+    """Opens a listening socket for each address of the host, all on one port. Leaves addresses out that the
+    machine does not have, if it has another. Raises ServerError."""
     port = settings.port
+    # "::" alone would be IPv6 only, and a socket for both families would hide IPv4 addresses in IPv6 ones.
+    hosts = ["::", "0.0.0.0"] if settings.host == "::" else [settings.host]  # noqa: S104  # the operator's choice
     sockets: list[socket.socket] = []
+    missing: OSError | None = None
     try:
-        found = socket.getaddrinfo(settings.host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        for family, host in dict.fromkeys((entry[0], str(entry[4][0])) for entry in found):
-            sockets.append(socket.create_server((host, port), family=family, backlog=BACKLOG))
-            port = sockets[0].getsockname()[1]
+        for family, host in _addresses_of(hosts):
+            try:
+                sockets.append(socket.create_server((host, port), family=family, backlog=BACKLOG))
+            except OSError as error:
+                if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
+                    raise
+                missing = error
+            else:
+                port = sockets[0].getsockname()[1]
+        if missing is not None and not sockets:
+            raise missing
     except OSError as error:
         for opened in sockets:
             opened.close()
@@ -36,6 +48,16 @@ def listen(settings: ServerSettings) -> list[socket.socket]:
         reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
         raise ServerError(f"cannot listen on {settings.host}:{settings.port}: {reason}") from error
     return sockets
+
+
+def _addresses_of(hosts: list[str]) -> list[tuple[int, str]]:
+    """The families and addresses of the hosts. Raises OSError."""
+    found = [
+        entry
+        for host in hosts
+        for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    ]
+    return list(dict.fromkeys((entry[0], str(entry[4][0])) for entry in found))
 
 
 def address_of(settings: ServerSettings, opened: socket.socket) -> str:

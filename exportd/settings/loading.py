@@ -6,6 +6,7 @@ the value, which may be a secret.
 """
 
 import json
+import re
 import tomllib
 import types
 import typing
@@ -18,6 +19,8 @@ from pydantic import BaseModel, SecretStr, ValidationError
 from exportd.settings.sections import Section, Settings, SettingsError
 
 ENVIRONMENT_PREFIX = "EXPORTD_"
+# The value of a variable that Kubernetes sets for a service.
+_SERVICE_LINK = re.compile("(tcp|udp|sctp)://")
 
 Key = tuple[str, ...]
 
@@ -78,7 +81,8 @@ def _read_config_file(config_file: Path | None, environ: Mapping[str, str]) -> t
 
 def _environment_keys(environ: Mapping[str, str], problems: list[str]) -> list[tuple[str, Key]]:
     """Returns the variables that set a key. Other variables with the prefix are ignored, except near misses
-    of a real key: Kubernetes sets ``EXPORTD_PORT`` and similar ones for a service of that name."""
+    of a real key: Kubernetes sets ``EXPORTD_PORT`` and similar ones for a service of that name, and
+    ``EXPORTD_SERVER_PORT`` for one called exportd-server."""
     near_misses = {"_".join(key).upper(): "__".join(key).upper() for key in _known_keys() if len(key) == 2}
     found: list[tuple[str, Key]] = []
     for variable in sorted(environ):
@@ -89,7 +93,7 @@ def _environment_keys(environ: Mapping[str, str], problems: list[str]) -> list[t
             found.append((variable, ("data_dir",)))
         elif "__" in name:
             found.append((variable, tuple(name.lower().split("__"))))
-        elif name in near_misses:
+        elif name in near_misses and not _SERVICE_LINK.match(environ[variable]):
             problems.append(
                 f"{variable}: unknown variable, did you mean {ENVIRONMENT_PREFIX}{near_misses[name]}?"
             )

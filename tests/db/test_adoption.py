@@ -310,24 +310,26 @@ async def test_values_that_no_type_forbids_fail_nothing(dsn: str) -> None:
     VALUES (gen_random_uuid(), %s, 'completed', 'p', 9223372036854775807, 9223372036854775807,
             9223372036854775807, %s, %s, %s, %s)
     """
-    for user, tool, moment in (
-        ("ann", r'{"name": "a\u0000b"}', "10000-01-01"),
-        (None, r'{"name": "\ud800"}', "0044-03-15 BC"),
-        ("ann", r'{"name": "\ud83d\ude00"}', "infinity"),
-        ("ann", "[1]", "-infinity"),
-        ("ann", "7", None),
+    for user, tool, created, moment in (
+        ("ann", r'{"name": "a\u0000b"}', "10000-01-01", "10000-01-01"),
+        (None, r'{"name": "\ud800"}', "2026-01-01", "0044-03-15 BC"),
+        ("ann", r'{"name": "\ud83d\ude00"}', "infinity", "infinity"),
+        ("ann", "[1]", "2026-01-01", "-infinity"),
+        # No page could follow these two, so they are not listed.
+        ("ann", "7", None, None),
+        ("ann", "8", "0044-03-15 BC", None),
     ):
-        query(dsn, insert, (user, tool, moment, moment, moment))
+        query(dsn, insert, (user, tool, created, moment, moment))
     database = await open_database(dsn, **OPTIONS)  # type: ignore[arg-type]
     listed = await list_jobs(database, user_id=None, status=None, before=None, limit=10)
     assert sorted((details.job.user_id, details.job.tool_name) for details in listed) == [
         ("", ""), ("ann", ""), ("ann", ""), ("ann", "\U0001f600")
     ]  # fmt: skip
     states = await sum_packages(database)
-    assert sum(jobs for jobs, _ in states.values()) == 5
+    assert sum(jobs for jobs, _ in states.values()) == 6
     for job_id in (None, listed[0].job.job_id):
         assert await find_statistics(database, job_id, [1]) is not None
-    assert len(await list_packages(database, None, None)) == 5
+    assert len(await list_packages(database, None, None)) == 6
     await take_expired(database, None, 10, timedelta(days=1), lock=False)
     await database.close()
 
