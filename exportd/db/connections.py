@@ -119,8 +119,10 @@ class ServerConnection:
 
     @property
     def is_usable(self) -> bool:
-        """Whether it is open and not too old."""
-        return not self.aiopg.closed and time.monotonic() - self.opened_at < _MAX_AGE_SECONDS
+        """Whether it may be used again: it is open, not too old, and not to a standby, which may lag behind a
+        new primary."""
+        is_young = time.monotonic() - self.opened_at < _MAX_AGE_SECONDS
+        return is_young and not self.is_standby and not self.aiopg.closed
 
     def close(self) -> None:
         """Closes it immediately."""

@@ -19,7 +19,7 @@ import psycopg2.errors
 import structlog
 from psycopg2.extras import NamedTupleCursor
 
-from exportd.db.connections import ConnectionPool, Connector, ServerConnection
+from exportd.db.connections import ConnectFailed, ConnectionPool, Connector, ServerConnection
 from exportd.errors import OperatorError
 
 log = structlog.get_logger()
@@ -88,6 +88,9 @@ class Database:
         """
         try:
             return await self._run(statement, parameters)
+        except ConnectFailed as error:
+            # Every server was tried.
+            raise DatabaseUnavailable(_one_line(error)) from error
         except (psycopg2.OperationalError, psycopg2.InterfaceError, ReadOnly) as error:
             log.warning("database_connection_lost", error=_one_line(error))
             # A server that restarted has closed the idle connections too, and after a failover they are to a

@@ -228,7 +228,7 @@ class AuthSettings(Section):
     )  # fmt: skip
     issuer: Annotated[str | None, BeforeValidator(_empty_is_none)] = None
     audience: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    leeway_seconds: Annotated[float, Field(ge=0, le=300)] = 5.0
+    leeway_seconds: Annotated[float, Field(ge=0, le=300)] = 0.0
     user_claim: Annotated[str, Field(min_length=1)] = "userId"
     role_claim: Annotated[str, Field(min_length=1)] = "role"
     admin_role: Annotated[str, Field(min_length=1)] = "admin"

@@ -17,7 +17,8 @@ import trustme
 from exportd.db import connections
 from exportd.db.connections import ConnectFailed, Connector, DatabaseNotReachable, wait_for_database
 from exportd.db.dsn import DsnRefused
-from exportd.db.pool import DatabaseUnavailable, Session
+from exportd.db.pool import DatabaseUnavailable, ReadOnly, Session, open_database
+from tests.db.test_pool import OPTIONS
 from tests.support.cluster import Server, unused_port
 from tests.support.daemon import wait_for
 from tests.support.postgres import query
@@ -102,6 +103,32 @@ async def test_the_first_server_that_accepts_writes_is_taken(
     assert await port_of(alone) == standby.port
     with pytest.raises(ConnectFailed, match="accepts no writes"):
         await port_of(f"{alone} target_session_attrs=primary")
+
+
+async def test_a_standby_serves_reads_until_a_server_accepts_writes(server: Server, standby: Server) -> None:
+    dsn = f"host=127.0.0.1,127.0.0.1 port={standby.port},{server.port} {END}"
+    database = await open_database(dsn, **OPTIONS)  # type: ignore[arg-type]
+    is_standby = "SELECT pg_is_in_recovery()"
+    write = "UPDATE export_jobs SET user_id = user_id"
+    assert await database.fetch_one(is_standby) == (False,)
+    server.kill()
+    assert await database.fetch_one(is_standby) == (True,)
+    server.start()
+    assert await database.fetch_one(is_standby) == (False,)
+    server.kill()
+    for _ in range(2):
+        with pytest.raises(ReadOnly):
+            await database.fetch_all(write)
+        with pytest.raises(ReadOnly):
+            async with database.session() as session, session.transaction():
+                await session.fetch_all(write)
+    standby.promote()
+    assert await database.fetch_one(is_standby) == (False,)
+    assert await database.fetch_all(write) == []
+    standby.kill()
+    with pytest.raises(DatabaseUnavailable, match="refused"):
+        await database.fetch_one(is_standby)
+    await database.close()
 
 
 async def test_the_message_names_each_server_and_its_reason(fake: Callable[..., FakeServer]) -> None:
