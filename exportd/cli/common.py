@@ -96,23 +96,6 @@ def migrated_database(settings: Settings) -> Iterator[str]:
         yield dsn
 
 
-def check_external_table(settings: Settings, dsn: str) -> None:
-    """Raises OperatorError if exportd cannot use an application's table. Does not check it while no server
-    accepts writes."""
-    import structlog
-
-    from exportd.db.connections import DatabaseNotReachable
-    from exportd.db.migrate import check_table
-
-    if settings.database.is_embedded:
-        return
-    log = structlog.get_logger()
-    try:
-        check_table(dsn, is_migrating=False)
-    except DatabaseNotReachable as error:
-        log.warning("table_not_checked", error=str(error))
-
-
 @contextlib.contextmanager
 def running_database(settings: Settings, *, is_direct: bool = False) -> Iterator[str]:
     """Yields the libpq connection string of the database when it is available. ``is_direct``: that past a
@@ -126,7 +109,7 @@ def running_database(settings: Settings, *, is_direct: bool = False) -> Iterator
     else:
         import structlog
 
-        from exportd.db.connections import wait_for_database
+        from exportd.db.blocking import wait_for_database
         from exportd.db.dsn import check_dsn
 
         if (direct_dsn := settings.database.read_direct_dsn()) is not None:

@@ -10,13 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from exportd.cli.common import (
-    check_external_table,
-    config_option,
-    connected,
-    log_to_stdout,
-    migrated_database,
-)
+from exportd.cli.common import config_option, connected, log_to_stdout, migrated_database
 
 if TYPE_CHECKING:
     import uuid
@@ -68,7 +62,8 @@ def serve(config_file: Path | None, host: str | None, port: int | None, workers:
     # Made before processes are forked, because they share it.
     memory = make_shared_memory(settings.server.workers)
     with migrated_database(settings) as dsn:
-        check_external_table(settings, dsn)
+        if not settings.database.is_embedded:
+            _check_table(dsn)
 
         def make(shared_metrics: SharedMetrics | None) -> web.Application:
             return make_app(present_settings(), dsn, memory, shared_metrics)
@@ -76,6 +71,21 @@ def serve(config_file: Path | None, host: str | None, port: int | None, workers:
         companion = packer_beside(config_file, os.environ) if settings.packer.enabled else None
         status = run_server(settings, make, companion=companion)
     sys.exit(status)
+
+
+def _check_table(dsn: str) -> None:
+    """Raises MigrationError if exportd cannot use an application's table. Does not check it while no server
+    accepts writes."""
+    import structlog
+
+    from exportd.db.blocking import DatabaseNotReachable
+    from exportd.db.migrate import check_table
+
+    log = structlog.get_logger()
+    try:
+        check_table(dsn, is_migrating=False)
+    except DatabaseNotReachable as error:
+        log.warning("table_not_checked", error=str(error))
 
 
 @click.command()

@@ -3,13 +3,13 @@
 Each problem is one line, with the reason and the statement that cures it.
 """
 
-import contextlib
 from dataclasses import dataclass
 from typing import Any
 
 import psycopg2
 
-from exportd.db.connections import WITHOUT_LIMITS, connect_blocking
+from exportd.db.blocking import blocking_cursor
+from exportd.db.connections import WITHOUT_LIMITS
 
 _TEXT = ("text", "character varying")
 _NUMBER = ("bigint", "integer", "smallint")
@@ -116,10 +116,7 @@ def find_problems(dsn: str, *, is_migrating: bool) -> list[str]:
     ``is_migrating``: whether the role must be able to change the schema. Changes nothing: what is tried on a
     row is rolled back. Raises psycopg2.Error.
     """
-    with (
-        contextlib.closing(connect_blocking(dsn, is_writing=True)) as connection,
-        connection.cursor() as cursor,
-    ):
+    with blocking_cursor(dsn, is_writing=True) as cursor:
         cursor.execute(WITHOUT_LIMITS + _FIND_TABLE)
         table = cursor.fetchone()
         if table is None:
@@ -161,10 +158,7 @@ SELECT tgname FROM pg_trigger WHERE tgrelid = 'export_jobs'::regclass
 def find_missing(dsn: str) -> list[str]:
     """Returns the columns and triggers that ``migrate up`` made and that the table lacks now, as after it was
     replaced by another. Raises psycopg2.Error."""
-    with (
-        contextlib.closing(connect_blocking(dsn, is_writing=False)) as connection,
-        connection.cursor() as cursor,
-    ):
+    with blocking_cursor(dsn, is_writing=False) as cursor:
         cursor.execute(_LIST_OWN)
         present = {name for (name,) in cursor.fetchall()}
     return [name for name in (*COLUMNS, *_TRIGGERS) if name not in present]

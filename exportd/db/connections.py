@@ -1,8 +1,7 @@
 """Connections: to the first server of a connection string that accepts writes, and a pool of them.
 
 libpq would resolve names in the event loop, and give a server that is silent all the time there is. So this
-module makes a list of addresses, and hands them to libpq one by one. It also waits for libpq in place of
-aiopg, which does not notice that libpq opens a new socket for each try.
+module makes a list of addresses, and hands them to libpq one by one.
 
 Nothing is set for a session, because a pooler hands sessions to other clients. ``ServerConnection.prefix``
 holds what a transaction must set.
@@ -10,29 +9,20 @@ holds what a transaction must set.
 
 import asyncio
 import contextlib
-import ctypes
-import functools
 import os
 import random
-import re
-import select
 import socket
 import struct
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
-import aiopg
 import psycopg2
-import psycopg2.extensions
-from psycopg2.extensions import POLL_OK, POLL_READ, PYDATETIMETZ, TRANSACTION_STATUS_IDLE, make_dsn, parse_dsn
+from psycopg2.extensions import TRANSACTION_STATUS_IDLE, make_dsn, parse_dsn
 
-from exportd.db.dsn import check_dsn, complete_dsn
-from exportd.errors import OperatorError
-
-MINIMUM_SERVER_VERSION = 140000
+from exportd.db.driver import ConnectFailed, start_connection
+from exportd.db.dsn import complete_dsn
 
 # libpq reads these variables for what the string does not say.
 _VARIABLES = {
@@ -42,68 +32,34 @@ _VARIABLES = {
     "sslmode": "PGSSLMODE",
     "target_session_attrs": "PGTARGETSESSIONATTRS",
 }
-# SQLSTATE classes of errors that may be gone soon: connections, resources, an operator's intervention, the
-# server's system. pgbouncer reports nearly everything as 08P01.
-_TRANSIENT_CLASSES = ("08", "53", "57", "58", "XX")
-
 # Settings of a role, a database or a pooler's server connection that would change what a statement does.
 _WANTED = {
     "transaction_isolation": "read committed",
     "transaction_read_only": "off",
     "lock_timeout": "0",
     "idle_in_transaction_session_timeout": "0",
-    "transaction_timeout": "0",
 }
-_PRESENT = ", ".join(f"current_setting('{name}', true)" for name in _WANTED)
+# Not every version has transaction_timeout.
+_ASKED = {**_WANTED, "transaction_timeout": "0"}
+_PRESENT = ", ".join(f"current_setting('{name}', true)" for name in _ASKED)
 _LOOK = f"SELECT pg_is_in_recovery(), pg_backend_pid(), version() LIKE '%linux%', {_PRESENT}"
-# An abandoned statement must not hold its locks while it waits for other locks. Not every system can do that.
-_NOTICE_ABANDONMENT = "SET LOCAL client_connection_check_interval = 250; "
+
+
+def _set_local(settings: Mapping[str, object]) -> str:
+    """The beginning of a message whose transaction has these settings."""
+    return "".join(f"SET LOCAL {name} = '{value}'; " for name, value in settings.items())
+
+
 # For a transaction without time limits, on a server that accepts writes.
-WITHOUT_LIMITS = """
-SET LOCAL transaction_isolation = 'read committed';
-SET LOCAL transaction_read_only = off;
-SET LOCAL lock_timeout = 0;
-SET LOCAL statement_timeout = 0;
-SET LOCAL idle_in_transaction_session_timeout = 0;
-"""
+WITHOUT_LIMITS = _set_local({**_WANTED, "statement_timeout": 0})
 
 # Older connections are closed: after a failover or a change of names they may be to the wrong server.
 _MAX_AGE_SECONDS = 600.0
 # How long a closing pool waits for the blocks that hold a connection.
 _CLOSING_SECONDS = 5.0
-# Of the start: the limit of one attempt, and the pause after it.
-_ATTEMPT_SECONDS = 5.0
-_PAUSE_SECONDS = 0.25
-
-# PostgreSQL's times have years beyond Python's. A year is left for sums.
-FIRST_TIME = datetime(2, 1, 1, tzinfo=UTC)
-LAST_TIME = datetime(9999, 1, 1, tzinfo=UTC)
 
 # The message that asks a server for TLS: its length and a code.
 _SSL_REQUEST = struct.pack("!ii", 8, 80877103)
-
-_libpq = ctypes.CDLL(psycopg2._psycopg.__file__)
-_libpq.PQsetErrorVerbosity.argtypes = [ctypes.c_void_p, ctypes.c_int]
-_libpq.PQconnectionNeedsPassword.argtypes = [ctypes.c_void_p]
-_DEFAULT, _VERBOSE = 1, 2
-
-
-class ConnectFailed(psycopg2.OperationalError):
-    """There is no connection. The message is the server's or libpq's.
-
-    ``sqlstate`` is None if the server did not answer. ``is_transient``: waiting may help.
-    """
-
-    sqlstate: str | None = None
-    is_transient = True
-
-
-class DatabaseNotReachable(OperatorError):
-    """The database cannot be reached. The message is for the operator, on one line."""
-
-
-class DatabaseTooOld(OperatorError):
-    """The server's version is not supported."""
 
 
 @dataclass(slots=True, eq=False)
@@ -160,7 +116,7 @@ class Connector:
         self._is_random = fields.pop("load_balance_hosts", "disable") == "random"
         self._fields = fields
         self._timeout_seconds = timeout_seconds
-        self._limit = f"SET LOCAL statement_timeout = {int(statement_timeout_seconds * 1000)}; "
+        self._statement_timeout_ms = int(statement_timeout_seconds * 1000)
         self._resolved: dict[str, list[str]] = {}
         self._last: _Server | None = None
 
@@ -240,18 +196,8 @@ class Connector:
         fields = {**self._fields, **{name: value for name, value in place.items() if value}}
         try:
             async with asyncio.timeout(seconds):
-                raw = _Connection(make_dsn(**fields), 1)
+                connection = await start_connection(make_dsn(**fields), seconds)
                 try:
-                    await raw.start()
-                except BaseException:
-                    raw.close()
-                    raise
-                connection = _AiopgConnection(
-                    None, seconds, enable_hstore=False, connection_factory=lambda *_: raw
-                )
-                try:
-                    # The connection is there, so aiopg does not wait.
-                    await connection
                     return await self._look(connection)
                 except BaseException:
                     connection.close()
@@ -268,21 +214,25 @@ class Connector:
             raise ConnectFailed(f"{server}: {error}") from error
 
     async def _look(self, connection: Any) -> ServerConnection:
-        psycopg2.extensions.register_type(_TIMES, connection.raw)
+        settings = {"statement_timeout": self._statement_timeout_ms}
         async with connection.cursor() as cursor:
-            await cursor.execute(self._limit + _LOOK)
-            ((is_standby, backend_pid, is_linux, *settings),) = await cursor.fetchall()
-        overrides = [
-            f"SET LOCAL {name} = '{wanted}'; "
-            for (name, wanted), setting in zip(_WANTED.items(), settings, strict=True)
+            await cursor.execute(_set_local(settings) + _LOOK)
+            ((is_standby, backend_pid, is_linux, *present),) = await cursor.fetchall()
+        overrides = {
+            name: wanted
+            for (name, wanted), setting in zip(_ASKED.items(), present, strict=True)
             if setting not in (None, wanted) and not (name == "transaction_read_only" and is_standby)
-        ]
+        }
+        if is_linux:
+            # An abandoned statement must not hold its locks while it waits for other locks. Not every system
+            # can do that.
+            settings["client_connection_check_interval"] = 250
         return ServerConnection(
             connection,
             time.monotonic(),
             is_standby,
             backend_pid != connection.raw.info.backend_pid,
-            "".join(overrides) + self._limit + (_NOTICE_ABANDONMENT if is_linux else ""),
+            _set_local({**overrides, **settings}),
         )
 
 
@@ -303,7 +253,7 @@ class ConnectionPool:
 
     @property
     def idle(self) -> int:
-        """The number of connections that nobody uses."""
+        """The number of idle connections."""
         return len(self._idle)
 
     async def open(self, count: int) -> None:
@@ -369,164 +319,6 @@ class ConnectionPool:
             connection.close()
 
 
-class _Connection(psycopg2.extensions.connection):
-    """An asynchronous connection that is started before aiopg gets it.
-
-    A start that fails is reported with its SQLSTATE, which psycopg2 does not have: libpq writes it into the
-    message if it is asked to.
-    """
-
-    def __init__(self, dsn: str, is_async: int) -> None:
-        super().__init__(dsn, is_async)  # type: ignore[call-arg]  # by position, as psycopg2 passes it
-        _libpq.PQsetErrorVerbosity(self.pgconn_ptr, _VERBOSE)
-        self._is_new = True
-
-    async def start(self) -> None:
-        """Raises ConnectFailed."""
-        try:
-            while (state := self.poll()) != POLL_OK:
-                await _ready_for(state, self.fileno())
-        except psycopg2.OperationalError as error:
-            failure = ConnectFailed(re.sub(r"\nLOCATION:.*", "", str(error)))
-            if found := re.search(r": +([0-9A-Z]{5}): ", str(error)):
-                failure.sqlstate = found[1]
-                failure.is_transient = failure.sqlstate.startswith(_TRANSIENT_CLASSES)
-            elif _libpq.PQconnectionNeedsPassword(self.pgconn_ptr):
-                failure.is_transient = False
-            raise failure from None
-        _libpq.PQsetErrorVerbosity(self.pgconn_ptr, _DEFAULT)
-
-    def isexecuting(self) -> bool:
-        """True at first: aiopg expects a connection that is being established."""
-        is_new, self._is_new = self._is_new, False
-        return is_new or bool(super().isexecuting())
-
-
-class _AiopgConnection(aiopg.Connection):
-    _watcher: "_SocketWatcher"
-
-    # aiopg watches its socket by the event loop that it sets here.
-    @property  # type: ignore[override]
-    def _loop(self) -> "_SocketWatcher":
-        return self._watcher
-
-    @_loop.setter
-    def _loop(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._watcher = _SocketWatcher(loop)
-
-    def _close(self) -> None:
-        super()._close()
-        self._watcher.close()
-
-
-class _SocketWatcher:
-    """An event loop that watches sockets by an epoll of its own.
-
-    uvloop stops watching a socket that has an error, such as one whose peer does not answer any more, and
-    tells nobody. It also refuses a descriptor for ever if libpq closed its socket at the wrong moment.
-    """
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._real_loop = loop
-        self._epoll = select.epoll()
-        self._callbacks: dict[int, dict[int, Callable[[], object]]] = {}
-        loop.add_reader(self._epoll.fileno(), self._call_back)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._real_loop, name)
-
-    def add_reader(self, descriptor: int, callback: Callable[..., object], *arguments: object) -> None:
-        self._watch(descriptor, select.EPOLLIN, functools.partial(callback, *arguments))
-
-    def add_writer(self, descriptor: int, callback: Callable[..., object], *arguments: object) -> None:
-        self._watch(descriptor, select.EPOLLOUT, functools.partial(callback, *arguments))
-
-    def remove_reader(self, descriptor: int) -> None:
-        self._watch(descriptor, select.EPOLLIN, None)
-
-    def remove_writer(self, descriptor: int) -> None:
-        self._watch(descriptor, select.EPOLLOUT, None)
-
-    def close(self) -> None:
-        if not self._epoll.closed:
-            if not self._real_loop.is_closed():
-                self._real_loop.remove_reader(self._epoll.fileno())
-            self._epoll.close()
-
-    def _watch(self, descriptor: int, event: int, callback: Callable[[], object] | None) -> None:
-        if self._epoll.closed:
-            return
-        callbacks = self._callbacks.setdefault(descriptor, {})
-        callbacks.pop(event, None)
-        if callback is not None:
-            callbacks[event] = callback
-        # The kernel has forgotten a descriptor that was closed, and may know it again by another socket.
-        with contextlib.suppress(OSError):
-            self._epoll.unregister(descriptor)
-        if callbacks:
-            self._epoll.register(descriptor, sum(callbacks))
-
-    def _call_back(self) -> None:
-        for descriptor, events in self._epoll.poll(0):
-            for event, callback in list(self._callbacks.get(descriptor, {}).items()):
-                if events & (event | select.EPOLLERR | select.EPOLLHUP):
-                    callback()
-
-
-async def _ready_for(state: int, descriptor: int) -> None:
-    """Waits until libpq can go on."""
-    watcher = _SocketWatcher(asyncio.get_running_loop())
-    is_ready = asyncio.Event()
-    try:
-        (watcher.add_reader if state == POLL_READ else watcher.add_writer)(descriptor, is_ready.set)
-        await is_ready.wait()
-    finally:
-        watcher.close()
-
-
-def wait_for_database(dsn: str, timeout_seconds: float, on_wait: Callable[[str], None]) -> None:
-    """Returns when a server accepts a connection. Calls ``on_wait`` with the reason of the first failure.
-
-    Does not wait after an error that waiting cannot cure, such as a wrong password.
-    Raises DsnRefused, DatabaseNotReachable and DatabaseTooOld.
-    """
-    check_dsn(dsn)
-    version = asyncio.run(_wait(dsn, timeout_seconds, on_wait))
-    if version < MINIMUM_SERVER_VERSION:
-        raise DatabaseTooOld(f"PostgreSQL 14 or newer is needed; the server is {version // 10000}")
-
-
-async def _wait(dsn: str, timeout_seconds: float, on_wait: Callable[[str], None]) -> int:
-    deadline = time.monotonic() + timeout_seconds
-    is_waiting = False
-    connector = Connector(dsn, min(_ATTEMPT_SECONDS, max(1.0, timeout_seconds)), _ATTEMPT_SECONDS)
-    while True:
-        try:
-            connection = await connector.connect()
-        except ConnectFailed as error:
-            reason = " ".join(str(error).split())
-            if not error.is_transient or time.monotonic() >= deadline:
-                raise DatabaseNotReachable(reason) from error
-            if not is_waiting:
-                on_wait(reason)
-                is_waiting = True
-            await asyncio.sleep(_PAUSE_SECONDS)
-        else:
-            version: int = connection.aiopg.raw.server_version
-            connection.close()
-            return version
-
-
-def connect_blocking(dsn: str, *, is_writing: bool) -> Any:
-    """A psycopg2 connection, for a command that blocks. ``is_writing``: to a server that accepts writes.
-
-    Raises psycopg2.OperationalError.
-    """
-    fields = {"connect_timeout": "10", **parse_dsn(complete_dsn(dsn))}
-    fields["target_session_attrs"] = "primary" if is_writing else "any"
-    return psycopg2.connect(make_dsn(**fields))
-
-
 def _joined(failures: list[ConnectFailed]) -> ConnectFailed:
     joined = ConnectFailed("; ".join(dict.fromkeys(" ".join(str(failure).split()) for failure in failures)))
     joined.is_transient = any(failure.is_transient for failure in failures)
@@ -543,16 +335,3 @@ async def _answers_request_for_tls(server: _Server, seconds: float) -> bool:
             finally:
                 writer.close()
     return False
-
-
-def _read_time(text: Any, cursor: Any) -> datetime | None:
-    if text is None:
-        return None
-    try:
-        found: datetime = PYDATETIMETZ(text, cursor).astimezone(UTC)
-    except (ValueError, OverflowError, psycopg2.Error):
-        return FIRST_TIME if text.endswith("BC") or text.startswith("-") else LAST_TIME
-    return min(max(found, FIRST_TIME), LAST_TIME)
-
-
-_TIMES = psycopg2.extensions.new_type(PYDATETIMETZ.values, "EXPORTD_TIMES", _read_time)

@@ -48,7 +48,7 @@ def _find_mistake(dsn: str) -> str | None:
         "://" in dsn and "@" in fields.get("dbname", "")
     ):
         return "in an address, @ must be written as %40, and / as %2F"
-    ports = fields.get("port", "").split(",")
+    hosts, addresses, ports = (fields.get(name, "").split(",") for name in ("host", "hostaddr", "port"))
     if not all(port == "" or (port.isascii() and port.isdigit() and 0 < int(port) < 65536) for port in ports):
         return "the port is not a number from 1 to 65535"
     if fields.get("sslmode", "prefer") not in _SSL_MODES:
@@ -57,9 +57,8 @@ def _find_mistake(dsn: str) -> str | None:
         return "a connection service (service, PGSERVICE) is not supported; write its fields here"
     if fields.get("target_session_attrs", "any") not in _TARGETS:
         return f"exportd writes, so target_session_attrs must be {', '.join(_TARGETS)}"
-    hosts, addresses, numbers = (fields.get(name, "").split(",") for name in ("host", "hostaddr", "port"))
     servers = max(len(hosts), len(addresses))
-    if len(numbers) not in (1, servers) or (fields.get("hostaddr") and len(hosts) not in (1, servers)):
+    if len(ports) not in (1, servers) or (fields.get("hostaddr") and len(hosts) not in (1, servers)):
         return "host, hostaddr and port list different numbers of servers"
     return None
 

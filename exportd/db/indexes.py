@@ -3,7 +3,7 @@ application's own."""
 
 import contextlib
 
-from exportd.db.connections import connect_blocking
+from exportd.db.blocking import connect_blocking
 
 # By name, what follows the table's name.
 INDEXES = {

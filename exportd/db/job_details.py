@@ -5,6 +5,7 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
+from exportd.db.driver import FIRST_TIME
 from exportd.db.jobs import JOB_COLUMNS
 from exportd.db.pool import Database
 from exportd.db.rows import read
@@ -28,9 +29,9 @@ SELECT {JOB_COLUMNS},
 FIND_JOBS = _SELECT + " WHERE job_id = ANY (%s::uuid[])"
 # In an application's own table a job may lack its time of creation, or have one that Python cannot represent:
 # then no page could follow it. Such a job is not listed.
-_PAGE = """
+_PAGE = f"""
    AND (job.created_at, job.job_id) < (%(created_at)s, %(job_id)s)
-   AND job.created_at > '0002-01-01'
+   AND job.created_at > '{FIRST_TIME.date()}'
  ORDER BY job.created_at DESC, job.job_id DESC
  LIMIT %(limit)s
 """

@@ -10,7 +10,7 @@ from uuid import UUID
 
 from exportd.db.batcher import Batcher
 from exportd.db.pool import Database
-from exportd.db.rows import read
+from exportd.db.rows import read, sum_of
 from exportd.domain.job import Job
 
 # More than one, so that one slow statement does not delay every look-up.
@@ -44,7 +44,7 @@ JOB_COLUMNS = f"""
 _FIND_JOBS = f"SELECT {JOB_COLUMNS} FROM export_jobs WHERE job_id = ANY (%s::uuid[])"  # noqa: S608  # constants only
 
 # The states are those of ``Job.package_state``. An application's own statuses are "other".
-_SUM_PACKAGES = """
+_SUM_PACKAGES = f"""
 SELECT CASE
            WHEN status::text IN ('pending', 'processing', 'failed') THEN status::text
            WHEN status::text <> 'completed' THEN 'other'
@@ -54,10 +54,10 @@ SELECT CASE
            ELSE 'available'
        END AS state,
        count(*) AS jobs,
-       least(coalesce(sum(package_size_bytes), 0), 9223372036854775807)::bigint AS size_bytes
+       {sum_of("package_size_bytes")} AS size_bytes
   FROM export_jobs
  GROUP BY 1
-"""
+"""  # noqa: S608  # constants only
 _PACKAGE_STATES = (
     "pending", "processing", "failed", "other", "available", "suspect", "expired", "deleted",
 )  # fmt: skip

@@ -20,7 +20,8 @@ from yoyo.backends.core.postgresql import PostgresqlBackend
 from yoyo.connections import DatabaseURI
 
 from exportd.db.adoption import find_missing, find_problems
-from exportd.db.connections import WITHOUT_LIMITS, DatabaseNotReachable, connect_blocking
+from exportd.db.blocking import DatabaseNotReachable, blocking_cursor, connect_blocking
+from exportd.db.connections import WITHOUT_LIMITS
 from exportd.db.indexes import build_indexes
 from exportd.errors import OperatorError
 
@@ -89,36 +90,27 @@ def migration_status(dsn: str) -> list[MigrationState]:
     Raises DatabaseNotReachable and MigrationError.
     """
     applied: set[str] = set()
-    try:
-        with (
-            contextlib.closing(connect_blocking(dsn, is_writing=False)) as connection,
-            connection.cursor() as cursor,
-        ):
-            cursor.execute("SELECT to_regclass(%s)", (_TABLE,))
-            if cursor.fetchone() != (None,):
-                cursor.execute(f"SELECT migration_hash FROM {_TABLE}")  # noqa: S608  # our own name
-                applied = {row[0] for row in cursor.fetchall()}
-    except psycopg2.OperationalError as error:
-        raise DatabaseNotReachable(" ".join(str(error).split())) from error
-    except psycopg2.Error as error:
-        raise _translate(error) from error
+    with _translated(), blocking_cursor(dsn, is_writing=False) as cursor:
+        cursor.execute("SELECT to_regclass(%s)", (_TABLE,))
+        if cursor.fetchone() != (None,):
+            cursor.execute(f"SELECT migration_hash FROM {_TABLE}")  # noqa: S608  # our own name
+            applied = {row[0] for row in cursor.fetchall()}
     return [MigrationState(item.id, item.hash in applied) for item in yoyo.read_migrations(str(_FOLDER))]
 
 
 def check_not_replaced(dsn: str) -> None:
     """Raises MigrationError if the table ``export_jobs`` was replaced since it was migrated. Also raises
     DatabaseNotReachable."""
-    try:
-        missing = find_missing(dsn)
-    except psycopg2.OperationalError as error:
-        raise DatabaseNotReachable(" ".join(str(error).split())) from error
-    except psycopg2.Error as error:
-        raise _translate(error) from error
-    if missing:
+    if missing := _find_missing(dsn):
         raise MigrationError(
             f"export_jobs was replaced since it was migrated, and lacks {', '.join(missing)}: "
             "run `exportd migrate up`"
         )
+
+
+def _find_missing(dsn: str) -> list[str]:
+    with _translated():
+        return find_missing(dsn)
 
 
 def check_table(dsn: str, *, is_migrating: bool) -> None:
@@ -126,12 +118,8 @@ def check_table(dsn: str, *, is_migrating: bool) -> None:
 
     Also raises DatabaseNotReachable.
     """
-    try:
+    with _translated():
         problems = find_problems(dsn, is_migrating=is_migrating)
-    except psycopg2.OperationalError as error:
-        raise DatabaseNotReachable(" ".join(str(error).split())) from error
-    except psycopg2.Error as error:
-        raise _translate(error) from error
     if problems:
         raise MigrationError("\n  ".join(["exportd cannot use the table export_jobs as it is:", *problems]))
 
@@ -144,7 +132,7 @@ def migrate_up(dsn: str) -> list[str]:
     """
     states = migration_status(dsn)
     is_complete = all(state.is_applied for state in states)
-    is_replaced = is_complete and bool(find_missing(dsn))
+    is_replaced = is_complete and bool(_find_missing(dsn))
     check_table(dsn, is_migrating=is_replaced or not is_complete)
     deadline = time.monotonic() + _MAX_LOCK_SECONDS
     applied: list[str] = []
@@ -193,7 +181,7 @@ def _locked_backend(dsn: str) -> Iterator[_Backend]:
             backend = _Backend(uri, _TABLE)
             stack.callback(backend.connection.close)
         except psycopg2.Error as error:
-            raise DatabaseNotReachable(" ".join(str(error).split())) from error
+            raise DatabaseNotReachable(_one_line(error)) from error
         try:
             _take_lock(holder)
             backend.init_database()
@@ -217,15 +205,25 @@ def _take_lock(holder: Any) -> None:
 
 
 def _find_blockers(dsn: str) -> str:
-    with (
-        contextlib.closing(connect_blocking(dsn, is_writing=False)) as connection,
-        connection.cursor() as cursor,
-    ):
+    with blocking_cursor(dsn, is_writing=False) as cursor:
         cursor.execute(_FIND_BLOCKERS)
         (blockers,) = cursor.fetchone() or (None,)
     return blockers or "a session that has ended"
 
 
+@contextlib.contextmanager
+def _translated() -> Iterator[None]:
+    try:
+        yield
+    except psycopg2.OperationalError as error:
+        raise DatabaseNotReachable(_one_line(error)) from error
+    except psycopg2.Error as error:
+        raise _translate(error) from error
+
+
 def _translate(error: psycopg2.Error) -> MigrationError:
-    primary = error.diag.message_primary or str(error)
-    return MigrationError(" ".join(primary.split()))
+    return MigrationError(_one_line(error.diag.message_primary or error))
+
+
+def _one_line(error: object) -> str:
+    return " ".join(str(error).split())

@@ -19,7 +19,8 @@ import psycopg2.errors
 import structlog
 from psycopg2.extras import NamedTupleCursor
 
-from exportd.db.connections import ConnectFailed, ConnectionPool, Connector, ServerConnection
+from exportd.db.connections import ConnectionPool, Connector, ServerConnection
+from exportd.db.driver import ConnectFailed
 from exportd.errors import OperatorError
 
 log = structlog.get_logger()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from uuid import UUID
 
 from exportd.db.pool import Database
-from exportd.db.rows import read
+from exportd.db.rows import read, sum_of
 from exportd.domain.statistics import DeliverySummary, DownloadStatistics, FailureCount, SizeSummary
 
 _RECENT_EVENTS = 20
@@ -21,13 +21,13 @@ SELECT coalesce(user_id::text, '') AS user_id,
  WHERE job_id = %(job_id)s
 """
 
-_SUM_JOBS = """
+_SUM_JOBS = f"""
 SELECT NULL::text AS user_id,
-       least(coalesce(sum(download_count), 0), 9223372036854775807)::bigint AS download_count,
+       {sum_of("download_count")} AS download_count,
        max(last_downloaded_at)::timestamptz AS last_downloaded_at,
-       least(coalesce(sum(bytes_served), 0), 9223372036854775807)::bigint AS bytes_served
+       {sum_of("bytes_served")} AS bytes_served
   FROM export_jobs
-"""
+"""  # noqa: S608  # constants only
 
 # psycopg2 inserts the parameter as a literal, so the planner sees whether there is a job id.
 

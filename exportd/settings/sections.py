@@ -115,6 +115,17 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
+def _refuse_both(section: "Section", name: str) -> None:
+    """Raises ValueError if a secret and the file that holds it are both given."""
+    if getattr(section, name) is not None and getattr(section, f"{name}_file") is not None:
+        raise ValueError(f"{name} and {name}_file must not both be given")
+
+
+def _read_secret(secret: SecretStr | None, path: Path | None, key: str) -> str | None:
+    """Returns the secret, or that of the file. ``key`` is the file's setting. Raises SettingsError."""
+    return secret.get_secret_value() if secret else _read_file(path, key)
+
+
 def _read_file(path: Path | None, key: str) -> str | None:
     """Returns the file's text, without surrounding white space. Raises SettingsError."""
     if path is None:
@@ -177,10 +188,8 @@ class DatabaseSettings(Section):
 
     @model_validator(mode="after")
     def _one_dsn(self) -> Self:
-        if self.dsn is not None and self.dsn_file is not None:
-            raise ValueError("dsn and dsn_file must not both be given")
-        if self.direct_dsn is not None and self.direct_dsn_file is not None:
-            raise ValueError("direct_dsn and direct_dsn_file must not both be given")
+        _refuse_both(self, "dsn")
+        _refuse_both(self, "direct_dsn")
         if self.is_embedded and (self.direct_dsn is not None or self.direct_dsn_file is not None):
             raise ValueError("direct_dsn needs dsn or dsn_file")
         return self
@@ -191,13 +200,11 @@ class DatabaseSettings(Section):
 
     def read_dsn(self) -> str | None:
         """Returns the libpq connection string, or None for the embedded database. Raises SettingsError."""
-        return self.dsn.get_secret_value() if self.dsn else _read_file(self.dsn_file, "database.dsn_file")
+        return _read_secret(self.dsn, self.dsn_file, "database.dsn_file")
 
     def read_direct_dsn(self) -> str | None:
         """Returns the connection string past a pooler, or None. Raises SettingsError."""
-        if self.direct_dsn:
-            return self.direct_dsn.get_secret_value()
-        return _read_file(self.direct_dsn_file, "database.direct_dsn_file")
+        return _read_secret(self.direct_dsn, self.direct_dsn_file, "database.direct_dsn_file")
 
 
 class StorageSettings(Section):
@@ -235,8 +242,7 @@ class AuthSettings(Section):
 
     @model_validator(mode="after")
     def _one_secret(self) -> Self:
-        if self.secret is not None and self.secret_file is not None:
-            raise ValueError("secret and secret_file must not both be given")
+        _refuse_both(self, "secret")
         return self
 
     @property

@@ -15,8 +15,9 @@ from typing import Self
 
 _OPEN_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # O_NONBLOCK: opening a FIFO without a writer must not hang. Regular files ignore it.
-_SAMPLE_BYTES = 4096
 _OPEN_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
+
+_SAMPLE_BYTES = 4096
 
 # An unmounted storage looks like one that lost every package. This file tells them apart.
 _MARKER = ".exportd-storage"

