@@ -149,15 +149,17 @@ def find_problems(dsn: str, *, is_migrating: bool) -> list[str]:
 
 
 _LIST_OWN = """
-SELECT attname FROM pg_attribute WHERE attrelid = 'export_jobs'::regclass AND attnum > 0 AND NOT attisdropped
+SELECT attname
+  FROM pg_attribute
+ WHERE attrelid = to_regclass('export_jobs') AND attnum > 0 AND NOT attisdropped
 UNION ALL
-SELECT tgname FROM pg_trigger WHERE tgrelid = 'export_jobs'::regclass
+SELECT tgname FROM pg_trigger WHERE tgrelid = to_regclass('export_jobs')
 """
 
 
 def find_missing(dsn: str) -> list[str]:
     """Returns the columns and triggers that ``migrate up`` made and that the table lacks now, as after it was
-    replaced by another. Raises psycopg2.Error."""
+    dropped or replaced by another. Raises psycopg2.Error."""
     with blocking_cursor(dsn, is_writing=False) as cursor:
         cursor.execute(_LIST_OWN)
         present = {name for (name,) in cursor.fetchall()}

@@ -103,7 +103,7 @@ def check_not_replaced(dsn: str) -> None:
     DatabaseNotReachable."""
     if missing := _find_missing(dsn):
         raise MigrationError(
-            f"export_jobs was replaced since it was migrated, and lacks {', '.join(missing)}: "
+            f"export_jobs was dropped or replaced since it was migrated, and lacks {', '.join(missing)}: "
             "run `exportd migrate up`"
         )
 

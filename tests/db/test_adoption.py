@@ -350,6 +350,15 @@ def test_a_table_that_was_replaced_is_noticed_and_migrated_again(dsn: str) -> No
     query(dsn, ROW)
 
 
+@pytest.mark.fresh_database
+def test_a_table_that_was_dropped_is_made_again(dsn: str) -> None:
+    query(dsn, "DROP TABLE export_jobs")
+    with pytest.raises(MigrationError, match="run `exportd migrate up`"):
+        check_not_replaced(dsn)
+    migrate_up(dsn)
+    check_not_replaced(dsn)
+
+
 def test_an_index_whose_building_was_interrupted_is_built_again(empty_dsn: str) -> None:
     migrate_up(empty_dsn)
     query(
