@@ -26,7 +26,7 @@ TOKEN = ANN["Authorization"].removeprefix("Bearer ")
 HEADER, PAYLOAD, SIGNATURE = TOKEN.split(".")
 
 Field = tuple[str, bytes]
-fuzz = settings(max_examples=300, deadline=None)
+fuzz = settings(max_examples=300)
 
 
 @dataclass
