@@ -116,7 +116,8 @@ class Exportd:
         """Runs a command to its end in this process, where the process does not matter: it costs no start."""
         command = ["exportd", *map(str, arguments)]
         with contextlib.ExitStack() as stack:
-            stack.enter_context(mock.patch.dict(os.environ, {**self.environ, **environ}, clear=True))
+            # Not the process's own environment: another thread, in libpq, may be reading it.
+            stack.enter_context(mock.patch.object(os, "environ", {**self.environ, **environ}))
             stack.enter_context(contextlib.chdir(self.folder))
             stack.enter_context(mock.patch.object(sys, "argv", command))
             stack.enter_context(_undisturbed_process())
